@@ -1,0 +1,171 @@
+"""The two shapes a stage can have, and what a stage says about the machine it needs.
+
+A stage knows nothing of Ray, run folders or the clock. `ShardStage` turns one table into one
+table; `DatasetStage` sees a whole round at once. The engine decides where and when they run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import ClassVar, Protocol, TypeVar
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def operational(default: T, **constraints: object) -> T:
+    """A config field that cannot change what a stage writes, so no fingerprint covers it."""
+    return Field(default, json_schema_extra={"operational": True}, **constraints)  # type: ignore[call-overload, no-any-return]
+
+
+def fingerprinted(config: BaseModel) -> dict[str, object]:
+    """The fields of ``config``, nested ones included, that can change a stage's output rows."""
+    values: dict[str, object] = {}
+    for name, field in type(config).model_fields.items():
+        extra = field.json_schema_extra
+        if isinstance(extra, dict) and extra.get("operational"):
+            continue
+        value = getattr(config, name)
+        values[name] = fingerprinted(value) if isinstance(value, BaseModel) else value
+    return values
+
+
+class Resources(Config):
+    """What one replica of a stage occupies."""
+
+    cpus: float = Field(1.0, gt=0)
+    gpus: float = Field(0.0, ge=0)
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+
+
+class ShardStage(ABC):
+    """A function from one shard's table to another, built from its own config alone.
+
+    ``process`` must be a function of its input only: the same table gives the same table, in any
+    process, on any retry. ``setup`` loads weights, once per worker.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+    input_schema: ClassVar[pa.Schema]
+    output_schema: ClassVar[pa.Schema]
+
+    @property
+    @abstractmethod
+    def resources(self) -> Resources: ...
+
+    def setup(self) -> None:  # noqa: B027 - most CPU stages have nothing to load
+        """Load what every call needs. Called once before the first ``process``."""
+
+    @abstractmethod
+    def process(self, table: pa.Table) -> pa.Table: ...
+
+
+class Context(Protocol):
+    """What the engine gives a dataset stage. Training stages use rank, save and resume_from too."""
+
+    rank: int
+    world_size: int
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        """``[function(item) for item in items]``, in order, perhaps in parallel."""
+        ...
+
+    def progress(self, message: str, done: int, total: int) -> None:
+        """Tell the person who waits how far the stage is."""
+        ...
+
+    def save(self, write: Callable[[Path], None]) -> None:
+        """Keep a resumable checkpoint: ``write`` fills an empty folder, which then replaces the
+        last one as a whole."""
+        ...
+
+    def resume_from(self) -> Path | None:
+        """The folder of the last checkpoint that this very work saved, or None."""
+        ...
+
+
+class LocalContext:
+    """A `Context` in the calling process: one worker, no progress shown, checkpoints in a folder."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, checkpoints: Path | None = None) -> None:
+        self._checkpoints = checkpoints
+
+    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+        return [function(item) for item in items]
+
+    def progress(self, message: str, done: int, total: int) -> None:
+        pass
+
+    def save(self, write: Callable[[Path], None]) -> None:
+        if self._checkpoints is not None:
+            replace_folder(self._checkpoints, write)
+
+    def resume_from(self) -> Path | None:
+        return last_folder(self._checkpoints) if self._checkpoints is not None else None
+
+
+def replace_folder(parent: Path, write: Callable[[Path], None]) -> None:
+    """Write a new numbered folder below ``parent`` and drop the older ones.
+
+    The rename is what publishes: a kill at any moment leaves the previous folder or the new one.
+    """
+    import shutil
+
+    parent.mkdir(parents=True, exist_ok=True)
+    finished = sorted(p for p in parent.iterdir() if p.name.isdigit())
+    number = int(finished[-1].name) + 1 if finished else 0
+    scratch = parent / f"{number:08d}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir()
+    write(scratch)
+    scratch.rename(parent / f"{number:08d}")
+    for old in finished:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def last_folder(parent: Path) -> Path | None:
+    """The newest folder that `replace_folder` finished below ``parent``, or None."""
+    if not parent.is_dir():
+        return None
+    return max((p for p in parent.iterdir() if p.name.isdigit()), default=None)
+
+
+class DatasetStage(ABC):
+    """A stage that needs a whole round at once.
+
+    ``inputs`` maps names to the files a stage reads, sorted; what they must hold is said by the
+    stage's docstring. Everything it writes goes below ``output_dir``, an empty local folder.
+    Training stages are dataset stages that run once per rank.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int]
+
+    @abstractmethod
+    def run(
+        self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context
+    ) -> None: ...
+
+
+def read_tables(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Parquet files one after the other, only the named columns."""
+    import pyarrow.parquet as pq
+
+    for file in files:
+        yield pq.read_table(file, columns=list(columns) if columns is not None else None)

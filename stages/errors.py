@@ -1,0 +1,55 @@
+"""The errors of capfilt; each name says what follows.
+
+    CapfiltError
+    ├── UserError        bad input from the person who runs us: one line, exit 2, nothing written
+    │   ├── ConfigError      a configuration field
+    │   ├── SourceError      a source file, table or column
+    │   ├── CheckpointError  a model folder
+    │   └── StoreError       the run folder cannot be reached, read or written
+    ├── RunError         the run cannot go on or its books are wrong: exit 1
+    │   ├── LedgerError      an account does not balance
+    │   └── TrainingError    a loss is NaN or diverges
+    └── ShardError       one shard failed: retried, then run alone, then quarantined
+
+A bad row is data, not an exception: it carries its status in the stage's output.
+"""
+
+
+class CapfiltError(Exception):
+    """Base of every error raised on purpose; ``str(error)`` is one line for a person."""
+
+
+class UserError(CapfiltError):
+    """Bad input: what, where, what is allowed, what to do. Ends the program with exit code 2."""
+
+
+class ConfigError(UserError):
+    """A configuration field is unknown, missing or out of range."""
+
+
+class SourceError(UserError):
+    """A source cannot be read: no such file, no rows, or a missing column."""
+
+
+class CheckpointError(UserError):
+    """A model folder or hub id does not hold the model that the stage needs."""
+
+
+class StoreError(UserError):
+    """The run folder cannot be reached, read or written."""
+
+
+class RunError(CapfiltError):
+    """The run cannot go on. Ends the program with exit code 1."""
+
+
+class LedgerError(RunError):
+    """Rows or pairs went missing, or were counted twice."""
+
+
+class TrainingError(RunError):
+    """Training cannot go on: the loss is not finite or diverges."""
+
+
+class ShardError(CapfiltError):
+    """A stage could not process one shard."""
