@@ -72,6 +72,11 @@ class ShardStage(ABC):
     @abstractmethod
     def process(self, table: pa.Table) -> pa.Table: ...
 
+    @abstractmethod
+    def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
+        """The output rows for input rows that cannot be processed: ``status`` is ``failed`` or
+        ``quarantined``. Needs no `setup`."""
+
 
 class Context(Protocol):
     """What the engine gives a dataset stage. Training stages use rank, save and resume_from too."""

@@ -1,0 +1,190 @@
+"""Every Parquet table that capfilt writes: one schema a stage, one comment a column.
+
+`check` holds a table against its schema at both ends of every stage.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from stages.errors import ShardError
+
+
+def _schema(*columns: tuple[str, pa.DataType, str]) -> pa.Schema:
+    """A schema whose fields carry their comment, so that a Parquet file explains itself."""
+    return pa.schema(
+        [pa.field(name, kind, metadata={"comment": comment}) for name, kind, comment in columns]
+    )
+
+
+_TEXT = pa.string()
+_ROW_ID = ("row_id", _TEXT, "hash of (source file's identity, row number); unique")
+_SAMPLE_ID = ("sample_id", _TEXT, "hash of the image's URL, or of its bytes where it has none")
+_PAIR_ID = ("pair_id", _TEXT, "hash of (sample_id, source, text)")
+_SOURCE = ("source", _TEXT, "where the text comes from: web, synthetic or human")
+_PAIR_TEXT = ("text", _TEXT, "the text of the pair, as it was read or generated")
+_IMAGE = ("image", pa.binary(), "encoded image; null on failure. Kept in the tar, not in Parquet")
+_SHA256 = ("sha256", _TEXT, "sha256 of the image bytes as downloaded, before resizing, in hex")
+_DETAIL = ("detail", _TEXT, "what went wrong, in words; null where nothing did")
+_MODEL = ("model", _TEXT, "hash of the weights that made this row")
+_SHARD = ("shard", _TEXT, "six digits: the shard that the row belongs to")
+
+SOURCES = _schema(
+    _ROW_ID,
+    _SAMPLE_ID,
+    ("source", _TEXT, "web or human"),
+    ("url", _TEXT, "address of the image; null where the image lies in a file (media)"),
+    ("media", _TEXT, "<file> or <tar>#<member> that holds the image; null where it has a URL"),
+    ("text", _TEXT, "alt text or human caption, unchanged; may be empty"),
+    ("repeat_of", _TEXT, "row_id of the first row with the same image and text; null if none"),
+)
+
+DOWNLOAD = _schema(
+    _ROW_ID,
+    _SAMPLE_ID,
+    ("source", _TEXT, "web or human"),
+    ("url", _TEXT, "address of the image; null where it came from a file"),
+    ("text", _TEXT, "alt text or human caption, unchanged; may be empty"),
+    ("status", _TEXT, "success, duplicate_row, or the reason of failure (download.STATUSES)"),
+    _DETAIL,
+    _SHA256,
+    ("phash", _TEXT, "256-bit perceptual (DCT) hash of the image, in hex; null on failure"),
+    ("width", pa.int32(), "pixels, after resizing; null on failure"),
+    ("height", pa.int32(), "pixels, after resizing; null on failure"),
+    ("original_width", pa.int32(), "pixels, as downloaded; null on failure"),
+    ("original_height", pa.int32(), "pixels, as downloaded; null on failure"),
+    # One image a sample: later rows of the same sample have null here and status success.
+    _IMAGE,
+)
+
+IMAGES = _schema(_SAMPLE_ID, _SHA256, _IMAGE)
+
+CAPTIONS = _schema(
+    _SAMPLE_ID,
+    ("caption_index", pa.int32(), "0, 1, … when several captions are written for one image"),
+    ("text", _TEXT, "the synthetic text; null unless status is success"),
+    ("status", _TEXT, "success, failed or quarantined"),
+    _DETAIL,
+    _MODEL,
+)
+
+IMAGES_WITH_TEXTS = _schema(
+    _SAMPLE_ID,
+    _SHA256,
+    _IMAGE,
+    ("sources", pa.list_(_TEXT), "of each text: web or synthetic"),
+    ("texts", pa.list_(_TEXT), "the texts to score against the image"),
+)
+
+SCORES = _schema(
+    _PAIR_ID,
+    _SAMPLE_ID,
+    _SOURCE,
+    _PAIR_TEXT,
+    ("itm_score", pa.float32(), "probability that text and image match (ITM head), 0 to 1"),
+    ("itc_score", pa.float32(), "cosine of the contrastive features (ITC), -1 to 1"),
+    ("status", _TEXT, "success, failed or quarantined"),
+    _DETAIL,
+    _MODEL,
+)
+
+EMBEDDINGS = _schema(
+    _SAMPLE_ID,
+    ("embedding", pa.list_(pa.float16()), "image embedding of length 1; null unless success"),
+    ("status", _TEXT, "success, failed or quarantined"),
+    _DETAIL,
+    _MODEL,
+)
+
+CLUSTERS = _schema(
+    _SAMPLE_ID,
+    ("cluster_id", _TEXT, "the smallest sample_id of the cluster; equal for all duplicates"),
+    ("net", _TEXT, "the first net that tied it to its cluster: exact, perceptual, semantic; null"),
+    ("similarity", pa.float32(), "cosine to its nearest neighbour in the cluster; null if alone"),
+)
+
+PAIRS = _schema(
+    _PAIR_ID,
+    _SAMPLE_ID,
+    _SOURCE,
+    _PAIR_TEXT,
+    ("itm_score", pa.float32(), "probability that text and image match; null where not scored"),
+    ("itc_score", pa.float32(), "cosine of the contrastive features; null where not scored"),
+    ("state", _TEXT, "one of PAIR_STATES"),
+    ("carried_by", _TEXT, "sample_id of the survivor that carries a merged text; else null"),
+    ("cluster_id", _TEXT, "duplicate cluster of the sample; null for human pairs"),
+    ("url", _TEXT, "address of the image; null where it came from a file"),
+    _SHARD,
+    _DETAIL,
+)
+
+ROWS = _schema(
+    _ROW_ID,
+    _SAMPLE_ID,
+    ("state", _TEXT, "downloaded, duplicate_row, removed, or the reason of failure"),
+    _SHARD,
+)
+
+LEDGER = _schema(
+    ("account", _TEXT, "rows or pairs"),
+    ("source", _TEXT, "web, synthetic or human"),
+    ("state", _TEXT, "final state"),
+    ("count", pa.int64(), "how many rows or pairs ended in it"),
+)
+
+TRAINING_INDEX = _schema(
+    _PAIR_ID,
+    ("sample_id", _TEXT, "the sample whose image the pair is trained with (the survivor)"),
+    _SOURCE,
+    _PAIR_TEXT,
+    ("itm_score", pa.float32(), "probability that text and image match; null for human pairs"),
+    ("origin", _TEXT, "sample_id that the text was found with; differs where it was merged"),
+    ("tar", _TEXT, "name of the training shard, beside this file"),
+    ("key", _TEXT, "key of the sample in that tar"),
+)
+
+METRICS = _schema(
+    ("split", _TEXT, "dev, test, train, or truth (the sample world's own facts)"),
+    ("model", _TEXT, "med, captioner, filter, or data"),
+    ("metric", _TEXT, "name, e.g. tr_at_1, ir_at_1, bleu4, cider, auc, precision"),
+    ("value", pa.float64(), "the figure; shares and recalls are 0 to 1"),
+    ("n", pa.int64(), "over how many items it was computed"),
+)
+
+TRAINING_LOG = _schema(
+    ("stage", _TEXT, "pretrain, captioner or filter"),
+    ("step", pa.int64(), "optimiser step, from 1"),
+    ("loss", pa.float32(), "sum of the losses below"),
+    ("loss_itc", pa.float32(), "image-text contrastive loss, nats; null where not trained"),
+    ("loss_itm", pa.float32(), "image-text matching loss, nats; null where not trained"),
+    ("loss_lm", pa.float32(), "language modelling loss, nats a token; null where not trained"),
+    ("lr", pa.float32(), "learning rate of the step"),
+    ("images_per_second", pa.float32(), "since the last line"),
+)
+
+PAIR_STATES = (
+    "kept",
+    "merged",
+    "rejected",
+    "duplicate",
+    "failed",
+    "quarantined",
+    "contaminated",
+    "removed",
+)
+
+
+def check(table: pa.Table, schema: pa.Schema, where: str) -> pa.Table:
+    """``table`` with exactly the columns of ``schema``, in its order.
+
+    Raises:
+        ShardError: a column is missing, unexpected, or of another type.
+    """
+    if set(table.column_names) != set(schema.names):
+        missing = sorted(set(schema.names) - set(table.column_names))
+        extra = sorted(set(table.column_names) - set(schema.names))
+        raise ShardError(f"{where}: columns missing {missing}, unexpected {extra}")
+    try:
+        return table.select(schema.names).cast(schema)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, ValueError) as error:
+        raise ShardError(f"{where}: {error}") from error
