@@ -1,0 +1,449 @@
+"""BLIP's building blocks: the vision transformer, the text stack and its language head.
+
+Parameters carry the names that transformers gives to BLIP's parts, so a BLIP folder's tensors load
+unchanged once the part's prefix is stripped:
+
+    VisionTransformer   ``vision_model.``
+    TextStack           ``text_encoder.`` or ``text_decoder.bert.`` (without ``pooler.``)
+    LMHead              ``text_decoder.cls.predictions.``
+
+Every part is exact: what is skipped (positions that nobody reads, image keys computed twice) does
+not enter the result. Attention is torch's `scaled_dot_product_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from stages.base import Config
+
+KeyValue = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each (batch, heads, positions, head width)."""
+
+Cache = list[list[Tensor]]
+"""Per layer ``[]`` or ``[K, V]`` of the self-attention over all earlier positions."""
+
+INITIALIZER_STD = 0.02
+
+
+class VisionConfig(Config):
+    """Sizes of the image encoder; the defaults are ViT-B/16 at BLIP's pretraining resolution."""
+
+    image_size: int = Field(224, ge=1)
+    patch_size: int = Field(16, ge=1)
+    width: int = Field(768, ge=1)
+    layers: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    mlp_width: int = Field(3072, ge=1)
+    eps: float = Field(1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> VisionConfig:
+        _check_heads(self.width, self.heads)
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        return self
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+class TextConfig(Config):
+    """Sizes of the text stack; the defaults are BERT-base with BLIP's two extra tokens."""
+
+    vocab_size: int = Field(30524, ge=1)
+    width: int = Field(768, ge=1)
+    layers: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    mlp_width: int = Field(3072, ge=1)
+    max_positions: int = Field(512, ge=1)
+    vision_width: int = Field(768, ge=1)
+    eps: float = Field(1e-12, gt=0)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    pad_token_id: int = Field(0, ge=0)
+    cls_token_id: int = Field(101, ge=0)
+    sep_token_id: int = Field(102, ge=0)
+    dec_token_id: int = Field(30522, ge=0)
+    enc_token_id: int = Field(30523, ge=0)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> TextConfig:
+        _check_heads(self.width, self.heads)
+        return self
+
+
+def _check_heads(width: int, heads: int) -> None:
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}")
+
+
+def _heads(states: Tensor, heads: int) -> Tensor:
+    """(B, L, D) → (B, heads, L, D / heads), a view."""
+    return states.view(*states.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def _initialise(module: nn.Module) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(part.weight, std=INITIALIZER_STD)
+        if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            with torch.no_grad():
+                part.weight[part.padding_idx].zero_()
+
+
+class _PatchEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, config.width))
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.patches, config.width))
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=patch, stride=patch)
+        nn.init.trunc_normal_(self.class_embedding, std=INITIALIZER_STD)
+        nn.init.trunc_normal_(self.position_embedding, std=INITIALIZER_STD)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is one matrix product over flattened patches.
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        size = weight.shape[-1]
+        batch, channels, height, width = pixel_values.shape
+        patches = pixel_values.reshape(
+            batch, channels, height // size, size, width // size, size
+        ).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(batch, -1, channels * size * size)
+        embedded = F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
+        first = self.class_embedding.expand(embedded.shape[0], -1, -1).to(embedded.dtype)
+        return torch.cat([first, embedded], dim=1) + self.position_embedding
+
+
+class _VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.projection = nn.Linear(config.width, config.width)
+
+    def forward(self, states: Tensor, first_only: bool) -> Tensor:
+        if first_only:
+            weights, biases = self.qkv.weight, self.qkv.bias
+            width = states.shape[-1]
+            query = F.linear(states[:, :1], weights[:width], biases[:width])
+            key, value = F.linear(states, weights[width:], biases[width:]).chunk(2, dim=-1)
+        else:
+            query, key, value = self.qkv(states).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(
+            _heads(query, self.heads), _heads(key, self.heads), _heads(value, self.heads)
+        )
+        return cast(Tensor, self.projection(mixed.transpose(1, 2).flatten(2)))
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(states))))
+
+
+class _VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.self_attn = _VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = _MLP(config.width, config.mlp_width)
+
+    def forward(self, states: Tensor, first_only: bool = False) -> Tensor:
+        residual = states[:, :1] if first_only else states
+        states = residual + self.self_attn(self.layer_norm1(states), first_only)
+        return states + cast(Tensor, self.mlp(self.layer_norm2(states)))
+
+
+class _VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_VisionLayer(config) for _ in range(config.layers)])
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm ViT with a class token; parameters named as in transformers' `BlipVisionModel`."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _PatchEmbeddings(config)
+        self.encoder = _VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
+        _initialise(self)
+
+    def forward(self, pixel_values: Tensor, *, first_only: bool = False) -> Tensor:
+        """Image tokens after the last LayerNorm.
+
+        ``pixel_values``: (B, 3, S, S), float, normalised. Returns (B, 1 + P, D), the class token
+        first; with ``first_only`` the class token alone, (B, 1, D), without computing the last
+        layer elsewhere.
+        """
+        states = self.embeddings(pixel_values)
+        last = len(self.encoder.layers) - 1
+        for index, layer in enumerate(self.encoder.layers):
+            states = layer(states, first_only and index == last)
+        return cast(Tensor, self.post_layernorm(states))
+
+
+class _TextEmbeddings(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(
+            config.vocab_size, config.width, padding_idx=config.pad_token_id
+        )
+        self.position_embeddings = nn.Embedding(config.max_positions, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=config.eps)
+        self.dropout = config.dropout
+
+    def forward(self, input_ids: Tensor, start: int) -> Tensor:
+        positions = self.position_embeddings.weight[start : start + input_ids.shape[1]]
+        states = self.LayerNorm(self.word_embeddings(input_ids) + positions)
+        return F.dropout(states, self.dropout, self.training) if self.dropout else states
+
+
+class _Projections(nn.Module):
+    def __init__(self, config: TextConfig, source_width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(config.width, config.width)
+        self.key = nn.Linear(source_width, config.width)
+        self.value = nn.Linear(source_width, config.width)
+
+
+class _ResidualOutput(nn.Module):
+    """Dense, dropout, then LayerNorm over the sum with the residual (BERT's post-norm)."""
+
+    def __init__(self, config: TextConfig, source_width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(source_width, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=config.eps)
+        self.dropout = config.dropout
+
+    def forward(self, states: Tensor, residual: Tensor) -> Tensor:
+        states = self.dense(states)
+        if self.dropout:
+            states = F.dropout(states, self.dropout, self.training)
+        return cast(Tensor, self.LayerNorm(states + residual))
+
+
+class _Attention(nn.Module):
+    def __init__(self, config: TextConfig, source_width: int) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.self = _Projections(config, source_width)
+        self.output = _ResidualOutput(config, config.width)
+
+    def key_value(self, source: Tensor) -> KeyValue:
+        key, value = self.self.key(source), self.self.value(source)
+        return _heads(key, self.heads), _heads(value, self.heads)
+
+    def forward(
+        self,
+        states: Tensor,
+        key_value: KeyValue,
+        mask: Tensor | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """``key_value`` may have fewer rows than ``states``: then each of its rows serves the same
+        number of consecutive rows of ``states``, as if repeated, without the copies."""
+        key, value = key_value
+        query = self.self.query(states)
+        if key.shape[0] != query.shape[0]:
+            query = query.view(key.shape[0], -1, query.shape[-1])
+        mixed = F.scaled_dot_product_attention(
+            _heads(query, self.heads),
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        mixed = mixed.transpose(1, 2).reshape(states.shape[0], states.shape[1], -1)
+        return cast(Tensor, self.output(mixed, states))
+
+
+class _Intermediate(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.mlp_width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.gelu(cast(Tensor, self.dense(states)))
+
+
+class _TextLayer(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.attention = _Attention(config, config.width)
+        self.crossattention = _Attention(config, config.vision_width)
+        self.intermediate = _Intermediate(config)
+        self.output = _ResidualOutput(config, config.mlp_width)
+
+    def self_attention(
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        past: list[Tensor] | None,
+        first_only: bool,
+    ) -> Tensor:
+        key, value = self.attention.key_value(states)
+        if past is not None:
+            if past:
+                key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
+            past[:] = [key, value]
+        queries = states[:, :1] if first_only else states
+        return cast(Tensor, self.attention(queries, (key, value), mask, causal))
+
+    def rest(self, states: Tensor, image_kv: KeyValue | None) -> Tensor:
+        if image_kv is not None:
+            states = self.crossattention(states, image_kv)
+        return cast(Tensor, self.output(self.intermediate(states), states))
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList([_TextLayer(config) for _ in range(config.layers)])
+
+
+class TextStack(nn.Module):
+    """Post-norm BERT stack with cross-attention, named as transformers' `BlipTextModel`.
+
+    One stack is a text encoder (no ``image_kv``), an image-grounded encoder (``image_kv``) or an
+    image-grounded decoder (``image_kv`` and ``causal``): BLIP, section 3.1.
+    """
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _TextEmbeddings(config)
+        self.encoder = _TextEncoder(config)
+        _initialise(self)
+
+    def cross_kv(self, image_tokens: Tensor) -> list[KeyValue]:
+        """Per layer, the cross-attention's keys and values of (B, T, Dv) image tokens.
+
+        They depend on the image alone, so one call serves every text of an image and every
+        decoding step. Each is (B, heads, T, head width).
+        """
+        return [layer.crossattention.key_value(image_tokens) for layer in self._layers]
+
+    def new_cache(self) -> Cache:
+        """An empty cache for step-wise decoding; `forward` fills and extends it in place."""
+        return [[] for _ in self._layers]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        causal: bool = False,
+        image_kv: Sequence[KeyValue] | None = None,
+        cache: Cache | None = None,
+        rows: Tensor | None = None,
+        first_only: bool = False,
+    ) -> Tensor:
+        """Hidden states of the last layer, (N, L, D).
+
+        - ``input_ids``: (N, L) int64. With ``cache``, the L tokens that follow the cached ones.
+        - ``attention_mask``: (N, cached + L), nonzero on tokens, zero on padding; None = no
+          padding. Under ``causal``, right-padded texts need none: no token sees a later one. The
+          first position of a row must be a token.
+        - ``image_kv``: from `cross_kv`, one row for each text; or N / k rows, each serving k
+          consecutive texts. None = text encoder.
+        - ``rows``: (M,) int64. The result has M rows, row i being text ``rows[i]``; what does not
+          depend on the image is then computed once per text. ``image_kv`` counts M rows.
+        - ``first_only``: only position 0 of the result, (N, 1, D). Not with ``causal``.
+        """
+        assert not (causal and first_only)
+        past = cache[0][0].shape[2] if cache is not None and cache[0] else 0
+        mask = _attention_mask(input_ids.shape[1], attention_mask, causal, past)
+        # SDPA builds the plain causal mask itself, faster than it reads one.
+        flag = causal and mask is None and input_ids.shape[1] > 1
+        last = len(self._layers) - 1
+        states = self.embeddings(input_ids, past)
+        for index, layer in enumerate(self._layers):
+            entry = cache[index] if cache is not None else None
+            first = first_only and index == last
+            states = layer.self_attention(states, mask, flag, entry, first)
+            if rows is not None and index == 0:
+                states = states[rows]
+                mask = mask[rows] if mask is not None and mask.shape[0] > 1 else mask
+            states = layer.rest(states, image_kv[index] if image_kv is not None else None)
+        return cast(Tensor, states)
+
+    @property
+    def _layers(self) -> list[_TextLayer]:
+        return cast(list[_TextLayer], list(self.encoder.layer))
+
+
+def _attention_mask(
+    length: int, attention_mask: Tensor | None, causal: bool, past: int
+) -> Tensor | None:
+    """True where a query may look, broadcastable to (N, heads, length, past + length); or None."""
+    if attention_mask is None and not (causal and past and length > 1):
+        return None
+    mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+    if not causal or length == 1:
+        return mask
+    device = attention_mask.device if attention_mask is not None else None
+    triangle = torch.ones(length, past + length, dtype=torch.bool, device=device).tril(past)
+    return triangle if mask is None else mask & triangle
+
+
+class _HeadTransform(nn.Module):
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.width, config.width)
+        self.LayerNorm = nn.LayerNorm(config.width, eps=config.eps)
+
+
+class LMHead(nn.Module):
+    """Word scores from hidden states; named as transformers' ``cls.predictions``.
+
+    The output matrix is the word embedding itself, and ``decoder.bias`` is ``bias``. Files may
+    hold either name of a tied tensor, or both.
+    """
+
+    def __init__(self, config: TextConfig, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.transform = _HeadTransform(config)
+        self.decoder = nn.Linear(config.width, config.vocab_size, device="meta")
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.decoder.bias = self.bias
+        _initialise(self.transform)
+        self.decoder.weight = word_embeddings.weight
+        self.register_load_state_dict_pre_hook(_complete_tied)  # type: ignore[no-untyped-call]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """(…, D) hidden states → (…, vocabulary) logits."""
+        states = self.transform.LayerNorm(F.gelu(self.transform.dense(states)))
+        return cast(Tensor, self.decoder(states))
+
+
+def _complete_tied(module: nn.Module, tensors: dict[str, Tensor], prefix: str, *_: object) -> None:
+    head = cast(LMHead, module)
+    bias = f"{prefix}bias", f"{prefix}decoder.bias"
+    for name, other in (bias, bias[::-1]):
+        if name in tensors:
+            tensors.setdefault(other, tensors[name])
+    # The embedding that this is tied to is loaded under its own name.
+    tensors.setdefault(f"{prefix}decoder.weight", head.decoder.weight)
