@@ -1,0 +1,158 @@
+"""How the next token is chosen: score filters, nucleus sampling without a generator, beam search.
+
+The filters give the distributions of transformers' logits processors, in `generate`'s order:
+repetition penalty, minimum length, then (sampling only) top-k and top-p. Noise comes from
+`uniforms`, fixed before decoding starts, so a caption depends on its image and the seed alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+_NEVER = -1.0e9  # transformers' stand-in for a score of minus infinity in beam search
+
+
+def uniforms(
+    seed: int, keys: Sequence[bytes], captions: int, steps: int
+) -> npt.NDArray[np.float64]:
+    """Noise in [0, 1) of shape (images, ``captions``, ``steps``).
+
+    Element (i, c, t) is a function of (``seed``, ``keys[i]``, c, t) alone: one Philox stream
+    (Salmon et al. 2011), keyed by the seed and the image's sha256, counted by c and t. More
+    captions or steps leave the earlier numbers as they are.
+    """
+    noise = np.empty((len(keys), captions, steps), dtype=np.float64)
+    for image, key in enumerate(keys):
+        digest = hashlib.blake2b(key, digest_size=16, key=str(seed).encode()).digest()
+        philox_key = int.from_bytes(digest, "little")
+        for caption in range(captions):
+            # The raw words are a documented constant of Philox; Generator's methods may change.
+            raw = np.random.Philox(key=philox_key, counter=[0, 0, caption, 0]).random_raw(steps)
+            noise[image, caption] = (raw >> np.uint64(11)) * 2.0**-53
+    return noise
+
+
+def penalise_repeats(scores: Tensor, ids: Tensor, penalty: float) -> Tensor:
+    """Scores of tokens in ``ids`` moved down: divided by ``penalty`` if positive, else multiplied.
+
+    ``scores`` (N, V) float32, ``ids`` (N, L) int64, prompt included. CTRL (Keskar et al. 2019),
+    section 4.1. Returns ``scores`` itself where the penalty is 1.
+    """
+    if penalty == 1.0:
+        return scores
+    seen = scores.gather(1, ids)
+    return scores.scatter(1, ids, torch.where(seen < 0, seen * penalty, seen / penalty))
+
+
+def forbid(scores: Tensor, token: int) -> Tensor:
+    """``scores`` (N, V) with ``token`` made impossible."""
+    scores = scores.clone()
+    scores[:, token] = -torch.inf
+    return scores
+
+
+def nucleus(scores: Tensor, top_k: int, top_p: float) -> tuple[Tensor, Tensor]:
+    """The distribution that nucleus sampling draws from (Holtzman et al. 2020).
+
+    ``scores`` (N, V) float32. Of the ``top_k`` best tokens (0 = all), keeps the smallest set whose
+    probability reaches ``top_p``. Returns (probabilities, token ids), both (N, K), best first;
+    tokens outside the set have probability 0.
+    """
+    size = scores.shape[-1]
+    best, tokens = scores.topk(min(top_k, size) if top_k else size, dim=-1)
+    # Summed from the least probable, as transformers does: the same roundings at the border.
+    tail = best.softmax(dim=-1).flip(-1).cumsum(dim=-1).flip(-1)
+    outside = tail <= 1 - top_p
+    outside[:, 0] = False
+    return best.masked_fill(outside, -torch.inf).softmax(dim=-1), tokens
+
+
+def draw(probabilities: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
+    """One token for each row by inverting the cumulative distribution at ``noise``.
+
+    ``probabilities`` and ``tokens`` (N, K) from `nucleus`; ``noise`` (N,) float64 in [0, 1).
+    Returns (N,) int64. Never a token of probability 0.
+    """
+    cumulative = probabilities.double().cumsum(dim=-1)
+    point = noise[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, point, right=True)
+    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
+    return tokens.gather(1, torch.minimum(index, last))[:, 0]
+
+
+class Beams:
+    """Beam search over a batch of images, step for step transformers' ``_beam_search``.
+
+    Length penalty 1, ``early_stopping=False``. An image may be dropped as soon as `open` is False
+    for it: from then on transformers would change nothing of its result.
+    """
+
+    def __init__(
+        self, images: int, beams: int, prompt: Tensor, *, max_tokens: int, eos: int, pad: int
+    ) -> None:
+        """``prompt`` (P,) int64, on the device of the search. Counts include the prompt."""
+        device = prompt.device
+        self.beams, self.eos, self.max_tokens = beams, eos, max_tokens
+        self.prompt_length = self.length = len(prompt)
+        self.ids = torch.full((images, beams, max_tokens), pad, device=device)
+        self.ids[..., : self.length] = prompt
+        self.scores = torch.zeros(images, beams, device=device)
+        self.scores[:, 1:] = _NEVER  # all beams start equal: only the first may branch
+        self.best_ids = self.ids.clone()
+        self.best_scores = torch.full((images, beams), _NEVER, device=device)
+        self.finished = torch.zeros(images, beams, dtype=torch.bool, device=device)
+        self.open = torch.ones(images, dtype=torch.bool, device=device)
+
+    def keep(self, order: Tensor) -> None:
+        """Go on with images ``order`` (M,) int64 alone, in that order."""
+        for name in ("ids", "scores", "best_ids", "best_scores", "finished", "open"):
+            setattr(self, name, getattr(self, name)[order])
+
+    def step(self, log_probs: Tensor) -> Tensor:
+        """Extend every beam by one token.
+
+        ``log_probs`` (images x beams, V): filtered log-probabilities of the next token. Returns
+        (images x beams,) int64: the row whose decoder state each new beam continues.
+        """
+        images, beams = self.scores.shape
+        vocabulary = log_probs.shape[-1]
+        total = log_probs.view(images, beams, -1) + self.scores[:, :, None]
+        scores, index = total.flatten(1).topk(2 * beams, dim=-1)
+        source, tokens = index // vocabulary, index % vocabulary
+        ids = _take(self.ids, source)
+        ids[:, :, self.length] = tokens
+        ended = (tokens == self.eos) | (self.length + 1 >= self.max_tokens)
+        self._finish(ids, scores, ended)
+        running = scores + ended.float() * _NEVER
+        chosen = running.topk(beams, dim=-1)[1]
+        self.ids, self.scores = _take(ids, chosen), running.gather(1, chosen)
+        self.length += 1
+        self._close()
+        offset = torch.arange(images, device=source.device)[:, None] * beams
+        return (source.gather(1, chosen) + offset).flatten()
+
+    def _finish(self, ids: Tensor, scores: Tensor, ended: Tensor) -> None:
+        ended = ended & (torch.arange(ended.shape[1], device=ended.device) < self.beams)
+        scores = scores / (self.length + 1 - self.prompt_length)
+        scores = scores + (~self.open[:, None]).float() * _NEVER + (~ended).float() * _NEVER
+        merged = torch.cat([self.best_scores, scores], dim=1)
+        self.best_scores, index = merged.topk(self.beams, dim=-1)
+        self.best_ids = _take(torch.cat([self.best_ids, ids], dim=1), index)
+        self.finished = torch.cat([self.finished, ended], dim=1).gather(1, index)
+
+    def _close(self) -> None:
+        possible = self.scores[:, :1] / (self.length - self.prompt_length)
+        worst = self.best_scores.amin(dim=1, keepdim=True)
+        worst = torch.where(self.finished, worst, _NEVER)
+        self.open = self.open & (possible > worst).any(dim=1)
+
+
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """(B, N, L) rows picked by (B, M) indices along the second axis."""
+    return rows.gather(1, index[:, :, None].expand(-1, -1, rows.shape[-1]))
