@@ -1,0 +1,234 @@
+"""A whole run as one YAML file: parsed into frozen models, unknown keys refused.
+
+``load(path, ["select.threshold=0.4"])`` reads the file, applies dotted overrides and checks every
+field. Each stage's own config lives beside the stage; this module only puts them together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from stages.assemble import AssembleConfig
+from stages.base import Config, operational
+from stages.caption import CaptionConfig
+from stages.dedup import DedupConfig
+from stages.download import DownloadConfig
+from stages.embed import EmbedConfig
+from stages.errors import ConfigError
+from stages.evaluate import EvaluateConfig
+from stages.filter import FilterConfig
+from stages.finetune import FinetuneConfig
+from stages.gate import GateConfig
+from stages.ingest import IngestConfig
+from stages.pretrain import PretrainConfig
+from stages.readers import SourceConfig
+from stages.scenes.config import WorldConfig
+from stages.select import SelectConfig
+
+
+class RoundsConfig(Config):
+    """How often the loop goes round, and what a round does again."""
+
+    count: int = operational(2, ge=0)
+    """Bootstrapping rounds, not counting round 0 (pretraining on the raw pairs)."""
+    relabel: Literal["all", "new"] = "all"
+    """Promoted models recaption and rescore every image, or only those of new sources."""
+
+
+class FinetuneConfigs(Config):
+    """The two models that are fine-tuned, separately, from one MED."""
+
+    captioner: FinetuneConfig = FinetuneConfig()
+    filter: FinetuneConfig = FinetuneConfig()
+
+
+class EngineConfig(Config):
+    """Where the run happens. Nothing here can change a result."""
+
+    address: str | None = None
+    """Ray cluster to join; None joins the one in RAY_ADDRESS, else starts a local one."""
+    cpus: int | None = Field(None, ge=1)
+    """CPUs of a local Ray; None takes all."""
+    object_store_gb: float = Field(1.0, gt=0)
+    """Shared memory of a local Ray, GiB."""
+    train_workers: int = Field(1, ge=1)
+    train_cpus: float = Field(1.0, gt=0)
+    """CPUs of one training worker."""
+    train_gpus: float = Field(0.0, ge=0)
+    """GPUs of one training worker."""
+
+
+class RunConfig(Config):
+    """Everything that a run needs to know."""
+
+    run: str
+    """The run folder: a local path or an fsspec URL."""
+    seed: int = 0
+    world: WorldConfig | None = None
+    """The embedded sample world; ``{world}`` in any path below stands for its folder."""
+    sources: tuple[SourceConfig, ...] = Field(min_length=1)
+    human: tuple[SourceConfig, ...] = ()
+    dev: str | None = None
+    """Probe folder on which the gate decides."""
+    test: str | None = None
+    """Probe folder that is only reported."""
+    rounds: RoundsConfig = RoundsConfig()
+    ingest: IngestConfig = IngestConfig()
+    download: DownloadConfig = DownloadConfig()
+    caption: CaptionConfig = CaptionConfig()
+    filter: FilterConfig = FilterConfig()
+    embed: EmbedConfig = EmbedConfig()
+    dedup: DedupConfig = DedupConfig()
+    select: SelectConfig = SelectConfig()
+    assemble: AssembleConfig = AssembleConfig()
+    pretrain: PretrainConfig
+    finetune: FinetuneConfigs = FinetuneConfigs()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    gate: GateConfig = GateConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _starts_somewhere(self) -> RunConfig:
+        if (self.caption.model is None) != (self.filter.model is None):
+            raise ValueError(
+                "caption.model and filter.model: give both, or neither to pretrain in round 0 first"
+            )
+        if not self.human:
+            raise ValueError("human: at least one human-annotated source is needed to fine-tune on")
+        if self.caption.model is not None and self.embed.model is None:
+            raise ValueError("embed.model: needed when the run starts from released models")
+        return self
+
+    @property
+    def first_round(self) -> int:
+        """0 where the run starts from nothing, 1 where caption.model and filter.model are given."""
+        return 0 if self.caption.model is None else 1
+
+
+def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration in the YAML file ``path``, with ``a.b=value`` overrides applied.
+
+    Raises:
+        ConfigError: no such file, not YAML, or a field that is unknown, missing or out of range.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must hold a mapping of settings, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse(values, path)
+
+
+def parse(values: Mapping[str, Any], where: str) -> RunConfig:
+    """Check plain values. ``where`` names their origin in the error.
+
+    Raises:
+        ConfigError: naming the field, the value and what is allowed.
+    """
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {explain(error, RunConfig)}") from error
+
+
+def substitute(config: RunConfig, world: Path) -> RunConfig:
+    """``config`` with ``{world}`` replaced by the sample world's folder, in every string."""
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, str):
+            return value.replace("{world}", str(world))
+        if isinstance(value, Mapping):
+            return {key: walk(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [walk(item) for item in value]
+        return value
+
+    return RunConfig.model_validate(walk(config.model_dump()))
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set one dotted ``key=value`` in nested mappings, the value read as YAML."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r}: write key=value, e.g. select.threshold=0.4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    *parents, last = key.split(".")
+    node: Any = values
+    for parent in parents:
+        node = node.setdefault(parent, {}) if isinstance(node, dict) else _index(node, parent, key)
+    if isinstance(node, list):
+        _index(node, last, key)
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"override {override!r}: {'.'.join(parents)} holds no settings")
+
+
+def _index(node: Any, part: str, key: str) -> Any:
+    if not isinstance(node, list) or not part.isdigit() or int(part) >= len(node):
+        raise ConfigError(f"override {key!r}: no element {part!r} there")
+    return node[int(part)]
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first problem in one line: field, value, what is allowed."""
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{field}: unknown key{_nearest(first['loc'], model)}{more}"
+    message = re.sub(r"^(Value error, |Input should be )", "", first["msg"])
+    if first["type"] == "missing":
+        return f"{field}: is missing{more}"
+    if not field:
+        return f"{message}{more}"
+    return f"{field}: {_short(first['input'])} is not allowed: {message}{more}"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _nearest(loc: tuple[int | str, ...], model: type[BaseModel]) -> str:
+    """What may stand in place of an unknown key: the closest name, or all of them."""
+    owner: Any = model
+    for part in loc[:-1]:
+        owner = _inner(owner, part)
+    if owner is None:
+        return ""
+    names = sorted(owner.model_fields)
+    close = difflib.get_close_matches(str(loc[-1]), names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed are {', '.join(names)}"
+
+
+def _inner(owner: Any, part: int | str) -> type[BaseModel] | None:
+    """The config class below ``part`` of ``owner``; list indices stay at the same class."""
+    if owner is None or isinstance(part, int):
+        return owner  # type: ignore[no-any-return]
+    field = owner.model_fields.get(part)
+    if field is None:
+        return None
+    pending, found = [field.annotation], None
+    while pending and found is None:
+        candidate = pending.pop()
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            found = candidate
+        pending.extend(getattr(candidate, "__args__", ()))
+    return found

@@ -1,0 +1,224 @@
+"""The stage graph: what reads what, how a stage is built, and the fingerprint of every work.
+
+    sources ─ download ┬─ caption ─ filter ─┐
+                       ├─ embed ─ dedup ────┼─ select ─ assemble ─ pretrain ┬─ captioner ─┬─ evaluate
+                       └────────────────────┘                               └─ filter ────┘
+
+Shard stages (the upper rows, up to embed) take one shard at a time; the others a whole round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.config import RunConfig
+from pipeline.store import fingerprint, record_name
+from stages.base import Config, DatasetStage, ShardStage
+from stages.caption import CaptionStage
+from stages.download import DownloadStage
+from stages.embed import EmbedStage
+from stages.filter import FilterStage
+from stages.schemas import IMAGES, IMAGES_WITH_TEXTS
+
+SHARD_READS: Mapping[str, tuple[str, ...]] = {
+    "download": ("sources",),
+    "caption": ("download",),
+    "filter": ("download", "caption"),
+    "embed": ("download",),
+}
+"""Shard stages in the order in which a shard passes them, with what each reads."""
+
+OF_THE_RUN = frozenset({"sources", "download", "embed"})
+"""Stages whose output belongs to the run: made once, used by every round."""
+
+SHARD_STAGES: Mapping[str, type[ShardStage]] = {
+    "download": DownloadStage,
+    "caption": CaptionStage,
+    "filter": FilterStage,
+    "embed": EmbedStage,
+}
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard stage of one round, as any worker can build it."""
+
+    name: str
+    round: int
+    config: Config
+    model: str | None = None
+    """Hub id, folder, or `made_here` for weights of the run itself."""
+    weights: str = ""
+    """Hash of the weights; empty for stages without a model."""
+
+    @property
+    def scope(self) -> int | None:
+        """The round that the output belongs to, or None for the run."""
+        return None if self.name in OF_THE_RUN else self.round
+
+    def build(self, model: str | None) -> ShardStage:
+        """The stage itself; ``model`` is a path or hub id that this worker can open."""
+        config = self.config if model is None else self.config.model_copy(update={"model": model})
+        return SHARD_STAGES[self.name](config)  # type: ignore[call-arg]
+
+    def fingerprint(self, inputs: Iterable[str]) -> str:
+        """Of this stage over inputs with the given fingerprints."""
+        version = SHARD_STAGES[self.name].version
+        return fingerprint(self.name, version, self.config, self.weights, *inputs)
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """What one shard still needs, and where everything of it is published or will be."""
+
+    shard: str
+    records: Mapping[str, str]
+    """Stage → record name; ``sources`` among them."""
+    todo: tuple[str, ...]
+    """Stages without a record yet, in order."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """Files that records publish (or will, by the time the work begins)."""
+
+    records: tuple[str, ...]
+    """Record names, in the order of their shards."""
+    ending: str
+    """Of the payload paths that are meant."""
+
+
+@dataclass(frozen=True)
+class DatasetTask:
+    """One whole-round stage and where its inputs are found."""
+
+    stage: DatasetStage
+    round: int
+    fingerprint: str
+    folder: str
+    """Where its payloads go, relative to the run folder."""
+    inputs: Mapping[str, Published | str]
+    """Input name → published files, or a folder: path, hub id or `made_here`."""
+
+    @property
+    def name(self) -> str:
+        return self.stage.name
+
+    @property
+    def record(self) -> str:
+        return record_name(self.name, self.round, "all", self.fingerprint)
+
+
+MADE_HERE = "record:"
+
+
+def made_here(record: str, folder: str) -> str:
+    """Names a model folder that the run itself publishes under ``record``."""
+    return f"{MADE_HERE}{record}#{folder}"
+
+
+def plan_shards(
+    tasks: Sequence[ShardTask],
+    shards: Mapping[str, tuple[str, str]],
+    published: set[str],
+    inherited: Mapping[tuple[str, str], str],
+) -> list[ShardJob]:
+    """What every shard needs, from names alone.
+
+    Args:
+        tasks: the shard stages of the round, in graph order.
+        shards: shard → (its kind, web or human; name of its source record).
+        published: names of all records.
+        inherited: (stage, shard) → fingerprint that the round takes over from an earlier one
+            as it is, whatever the weights are now (``rounds.relabel: new``).
+    """
+    return [_plan_shard(tasks, shard, shards[shard], published, inherited) for shard in sorted(shards)]
+
+
+def _plan_shard(
+    tasks: Sequence[ShardTask],
+    shard: str,
+    source: tuple[str, str],
+    published: set[str],
+    inherited: Mapping[tuple[str, str], str],
+) -> ShardJob:
+    kind, source_record = source
+    prints = {"sources": source_record.rpartition("-")[2].removesuffix(".json")}
+    records = {"sources": source_record}
+    todo = []
+    for task in tasks:
+        # Human pairs are trusted: they are fetched, never captioned, filtered or deduplicated.
+        if kind == "human" and task.name != "download":
+            continue
+        print_ = inherited.get((task.name, shard)) or task.fingerprint(
+            prints[read] for read in SHARD_READS[task.name]
+        )
+        prints[task.name] = print_
+        records[task.name] = record_name(task.name, task.scope, shard, print_)
+        if records[task.name] not in published:
+            todo.append(task.name)
+    return ShardJob(shard, records, tuple(todo))
+
+
+def stage_input(name: str, tables: Mapping[str, pa.Table]) -> pa.Table:
+    """The input table of a shard stage, composed from the outputs it reads."""
+    if name == "download":
+        return tables["sources"]
+    images = _images(tables["download"])
+    if name != "filter":
+        return images
+    return _with_texts(images, tables["download"], tables["caption"])
+
+
+def _images(download: pa.Table) -> pa.Table:
+    """One row an image that was fetched for a web text."""
+    mask = pc.and_(pc.is_valid(download["image"]), pc.equal(download["source"], "web"))
+    return download.filter(mask).select(IMAGES.names).cast(IMAGES)
+
+
+def _with_texts(images: pa.Table, download: pa.Table, captions: pa.Table) -> pa.Table:
+    """Images with their distinct web texts, then their synthetic ones."""
+    texts: dict[str, dict[tuple[str, str], None]] = {}
+    for sample, text, status in _columns(download, "sample_id", "text", "status"):
+        if status == "success":
+            texts.setdefault(sample, {})["web", text or ""] = None
+    for sample, text, status in _columns(captions, "sample_id", "text", "status"):
+        if status == "success":
+            texts.setdefault(sample, {})["synthetic", text] = None
+    found = [list(texts.get(sample, ())) for sample in images["sample_id"].to_pylist()]
+    return pa.table(
+        {
+            **{name: images[name] for name in IMAGES.names},
+            "sources": [[source for source, _ in pairs] for pairs in found],
+            "texts": [[text for _, text in pairs] for pairs in found],
+        },
+        schema=IMAGES_WITH_TEXTS,
+    )
+
+
+def _columns(table: pa.Table, *names: str) -> Iterable[tuple[str, ...]]:
+    return zip(*(table[name].to_pylist() for name in names), strict=True)
+
+
+def shard_tasks(
+    config: RunConfig, round_: int, model_of: Callable[[str], tuple[str, str]], raw: bool
+) -> list[ShardTask]:
+    """The shard stages of a round. ``model_of(stage)`` gives (model, weights hash).
+
+    A raw round (round 0) only downloads: it trains the first models on the pairs as they came.
+    """
+    tasks = [ShardTask("download", round_, config.download)]
+    if not raw:
+        configs: dict[str, Config] = {
+            "caption": config.caption,
+            "filter": config.filter,
+            "embed": config.embed,
+        }
+        for name, stage_config in configs.items():
+            model, weights = model_of(name)
+            tasks.append(ShardTask(name, round_, stage_config, model, weights))
+    return tasks

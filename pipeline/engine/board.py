@@ -1,0 +1,73 @@
+"""The notice board: workers say what they begin and end, the driver reads it.
+
+It outlives a crashed worker, so what was begun and never ended names the suspects.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from pipeline.progress import Notices
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Board:
+    """Actor that holds `Notices`; every call is short."""
+
+    def __init__(self) -> None:
+        self._notices = Notices()
+
+    def begin(self, stage: str, shard: str) -> None:
+        self._notices.running[stage, shard] = time.time()
+
+    def end(self, stage: str, shard: str, counts: dict[str, int]) -> None:
+        self._notices.running.pop((stage, shard), None)
+        self._notices.errors.pop((stage, shard), None)
+        self._notices.done[stage] = self._notices.done.get(stage, 0) + 1
+        known = self._notices.counts.setdefault(stage, {})
+        for status, count in counts.items():
+            known[status] = known.get(status, 0) + count
+
+    def error(self, stage: str, shard: str, kind: str, message: str) -> None:
+        self._notices.running.pop((stage, shard), None)
+        self._notices.errors[stage, shard] = kind, message
+
+    def progress(self, stage: str, message: str, done: int, total: int) -> None:
+        self._notices.progress[stage] = message, done, total
+
+    def forget(self) -> None:
+        """Start a new pass: what is running or failed is no longer of interest."""
+        self._notices.running.clear()
+        self._notices.errors.clear()
+
+    def reset(self) -> None:
+        """Start a new round."""
+        self._notices = Notices()
+
+    def read(self) -> Notices:
+        return self._notices
+
+
+@contextmanager
+def watched(board: Any, show: Callable[[Notices], None], seconds: float = 0.5) -> Iterator[None]:
+    """Inside, ``show`` is called with the board's notices every ``seconds``, and once at the end."""
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.wait(seconds):
+            show(ray.get(board.read.remote()))
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        show(ray.get(board.read.remote()))

@@ -1,0 +1,78 @@
+"""Joining a Ray cluster, or starting a local one, without its chatter on the screen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.data
+
+from pipeline.config import EngineConfig
+from pipeline.engine.board import Board
+from stages.errors import RunError
+
+_GIB = 1 << 30
+
+
+@contextmanager
+def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
+    """Inside, Ray is there; yields the `Board` of this driver.
+
+    A local Ray is started where no address is given, and stopped at the end.
+
+    Raises:
+        RunError: the cluster cannot be reached or started.
+    """
+    _quieten(log_file)
+    try:
+        _init(config)
+    except (ConnectionError, TimeoutError, OSError, RuntimeError) as error:
+        where = config.address or "a local Ray"
+        raise RunError(f"engine.address: cannot use {where}: {_first_line(error)}") from error
+    try:
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        yield Board.remote()
+    finally:
+        ray.shutdown()
+
+
+def _init(config: EngineConfig) -> None:
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address:
+        ray.init(address=address, **common)
+        return
+    ray.init(
+        address="local",
+        num_cpus=config.cpus,
+        object_store_memory=int(config.object_store_gb * _GIB),
+        include_dashboard=False,
+        **common,
+    )
+
+
+def _quieten(log_file: Path) -> None:
+    """Send what Ray's libraries log in the driver to a file, and keep workers from sampling use."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
+    # Workers must not rebuild an environment of their own when the driver came from `uv run`.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(log_file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    for name in ("ray", "ray.data", "ray.train"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

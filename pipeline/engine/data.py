@@ -1,0 +1,214 @@
+"""Shard stages on Ray Data: one row and one block a shard, one operator a stage.
+
+Stages stream into each other: while the captioner works on one shard, the next is downloaded.
+What a later operator of the same pass reads is carried in the row; images only that far. Every
+worker publishes its own shards, so the driver carries nothing but names.
+
+A shard that raises, or whose worker dies twice, is run alone afterwards (`isolate`): the rows
+that cannot be processed are quarantined, the others go on.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+import ray.data
+from ray.exceptions import RayError
+
+from pipeline.dag import SHARD_READS, ShardJob, ShardTask
+from pipeline.engine import shard as shards
+from pipeline.engine.isolate import run_alone
+from pipeline.engine.placement import Share, fit
+from pipeline.store import Store
+from stages import errors
+from stages.base import ShardStage
+
+_ROW = pa.schema([("shard", pa.string()), ("carried", pa.map_(pa.string(), pa.large_binary()))])
+_MAX_PASSES_WITHOUT_PROGRESS = 2
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What every worker of one pass over the shards is told."""
+
+    store: Store
+    jobs: Mapping[str, ShardJob]
+    active: tuple[str, ...]
+    """The stages that have an operator, in order."""
+    board: Any
+
+
+class StageWorker:
+    """One operator's worker: the stage, loaded at the first shard that needs it."""
+
+    def __init__(self, task: ShardTask, plan: Pass) -> None:
+        self._task = task
+        self._plan = plan
+        self._stage: ShardStage | None = None
+
+    def __call__(self, row: pa.Table) -> pa.Table:
+        job = self._plan.jobs[row["shard"][0].as_py()]
+        carried = _unpack(row)
+        name = self._task.name
+        if carried is None:
+            return row
+        if name in job.todo:
+            output = self._try(job, carried)
+            if output is None:
+                return _pack(job.shard, None)
+            carried[name] = output
+        later = self._plan.active[self._plan.active.index(name) + 1 :]
+        wanted = {read for stage in later if stage in job.todo for read in SHARD_READS[stage]}
+        return _pack(job.shard, {k: v for k, v in carried.items() if k in wanted})
+
+    def _try(self, job: ShardJob, carried: dict[str, pa.Table]) -> pa.Table | None:
+        """The published output, or None after noting on the board what was raised."""
+        name, plan = self._task.name, self._plan
+        started = time.time()
+        # Waiting for the answer makes sure that the board knows before anything can crash.
+        ray.get(plan.board.begin.remote(name, job.shard))
+        try:
+            inputs = shards.load_inputs(name, job, plan.store, carried)
+            carried.update(inputs)
+            if self._stage is None:
+                self._stage = shards.build(self._task, plan.store)
+                self._stage.setup()
+            output = shards.run_stage(self._stage, inputs)
+            output = shards.publish(self._task, job, output, plan.store, started)
+        except Exception as error:  # noqa: BLE001 - the shard boundary
+            plan.board.error.remote(name, job.shard, type(error).__name__, _one_line(error))
+            return None
+        plan.board.end.remote(name, job.shard, shards.count_by(output, "status"))
+        return output
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _pack(shard: str, carried: Mapping[str, pa.Table] | None) -> pa.Table:
+    """One row: the shard and the tables it carries as Arrow IPC; None says that it failed."""
+    packed = None if carried is None else [(k, _to_ipc(v)) for k, v in carried.items()]
+    return pa.table({"shard": [shard], "carried": pa.array([packed], _ROW.field(1).type)}, _ROW)
+
+
+def _unpack(row: pa.Table) -> dict[str, pa.Table] | None:
+    packed = row["carried"][0]
+    if not packed.is_valid:
+        return None
+    return {
+        key.as_py(): pa.ipc.open_stream(value.as_buffer()).read_all()
+        for key, value in zip(packed.values.field(0), packed.values.field(1), strict=True)
+    }
+
+
+def _to_ipc(table: pa.Table) -> bytes:
+    sink = io.BytesIO()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def run_shards(
+    store: Store,
+    tasks: Sequence[ShardTask],
+    plan: Callable[[], Sequence[ShardJob]],
+    board: Any,
+) -> None:
+    """Bring every shard through every stage.
+
+    Args:
+        plan: what every shard still needs; asked again after each pass, since records decide.
+
+    Raises:
+        UserError: a stage says that its config, weights or source cannot be used.
+        RunError: workers keep dying and nothing gets done.
+    """
+    stuck = 0
+    while jobs := [job for job in plan() if job.todo]:
+        before = sum(len(job.todo) for job in jobs)
+        ray.get(board.forget.remote())
+        failure = _one_pass(store, tasks, jobs, board)
+        suspects = _suspects(board)
+        left = [job for job in plan() if job.todo]
+        for job in left:
+            stage = job.todo[0]
+            if (stage, job.shard) in suspects:
+                run_alone(store, next(t for t in tasks if t.name == stage), job)
+        progressed = suspects or sum(len(job.todo) for job in left) < before
+        stuck = 0 if progressed else stuck + 1
+        if stuck >= _MAX_PASSES_WITHOUT_PROGRESS:
+            raise errors.RunError(f"workers die before they begin: {failure}; see Ray's log")
+
+
+def _suspects(board: Any) -> set[tuple[str, str]]:
+    """(stage, shard) that raised or was running when its worker died.
+
+    Raises:
+        UserError: if that is what a stage raised: no retry can help.
+    """
+    notices = ray.get(board.read.remote())
+    for kind, message in notices.errors.values():
+        raised = getattr(errors, kind, None)
+        if isinstance(raised, type) and issubclass(raised, errors.UserError | errors.RunError):
+            raise raised(message)
+    return set(notices.errors) | set(notices.running)
+
+
+def _one_pass(
+    store: Store, tasks: Sequence[ShardTask], jobs: Sequence[ShardJob], board: Any
+) -> str | None:
+    """Run one dataset over the shards. Returns what Ray says if it gave up, else None."""
+    needed = {stage for job in jobs for stage in job.todo}
+    active = [task for task in tasks if task.name in needed]
+    plan = Pass(store, {job.shard: job for job in jobs}, tuple(t.name for t in active), board)
+    plan_ref = ray.put(plan)
+    rows = [_pack(job.shard, {}) for job in jobs]
+    dataset = ray.data.from_arrow(rows)
+    for task, share in zip(active, fit(active, ray.cluster_resources()), strict=True):
+        dataset = _operator(dataset, task, share, plan_ref)
+    try:
+        for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            pass
+    except RayError as error:
+        return _one_line(error)[:300]
+    return None
+
+
+class _Operator:
+    """`StageWorker` whose plan is fetched from the object store once a worker."""
+
+    def __init__(self, task: ShardTask, plan_ref: list[Any]) -> None:
+        self._worker = StageWorker(task, ray.get(plan_ref[0]))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        return self._worker(batch)
+
+
+def _operator(dataset: Any, task: ShardTask, share: Share, plan_ref: Any) -> Any:
+    """Append the stage's operator.
+
+    Both retries are bounded: unbounded, Ray restarts a crashing shard's actor for ever.
+    """
+    return dataset.map_batches(
+        _Operator,
+        fn_constructor_args=(task, [plan_ref]),
+        batch_size=None,
+        batch_format="pyarrow",
+        zero_copy_batch=True,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=share.min_replicas,
+            max_size=share.max_replicas,
+            max_tasks_in_flight_per_actor=2,
+        ),
+        num_cpus=share.cpus,
+        num_gpus=share.gpus or None,
+        max_restarts=1,
+        max_task_retries=1,
+    )

@@ -1,0 +1,116 @@
+"""One shard through one stage: load its input, process, check, publish. No Ray in here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.dag import MADE_HERE, SHARD_READS, SHARD_STAGES, ShardJob, ShardTask, stage_input
+from pipeline.images import with_images, write_tar
+from pipeline.store import Payload, Record, Store
+from stages.base import ShardStage
+from stages.errors import StoreError
+from stages.schemas import check
+
+Tables = Mapping[str, pa.Table]
+
+
+def code_version() -> str:
+    """Version of the installed distribution, for records."""
+    try:
+        return version("capfilt")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def build(task: ShardTask, store: Store) -> ShardStage:
+    """The stage of ``task`` with its weights where this process can open them."""
+    return task.build(None if task.model is None else open_model(task.model, store))
+
+
+def open_model(model: str, store: Store) -> str:
+    """A path or hub id for ``model``; what the run made itself becomes a local folder."""
+    if not model.startswith(MADE_HERE):
+        return model
+    name, _, folder = model.removeprefix(MADE_HERE).partition("#")
+    for payload in store.read_record(name).payloads:
+        attempt, found, _ = payload.path.partition(f"/{folder}/")
+        if found:
+            return str(store.local_folder(f"{attempt}/{folder}"))
+    raise StoreError(f"{name}: publishes no folder {folder}")
+
+
+def load_inputs(stage: str, job: ShardJob, store: Store, carried: Tables) -> dict[str, pa.Table]:
+    """The tables that ``stage`` reads: those carried along, the rest from the store."""
+    return {
+        name: carried[name] if name in carried else load(job.records[name], store)
+        for name in SHARD_READS[stage]
+    }
+
+
+def load(record_name: str, store: Store) -> pa.Table:
+    """The output table that a record publishes, images included."""
+    record = store.read_record(record_name)
+    table = store.read_table(payload(record, ".parquet"))
+    if record.stage != "download":
+        return table
+    return with_images(table, store.read_bytes(payload(record, ".tar").path))
+
+
+def payload(record: Record, ending: str) -> Payload:
+    """The payload of a record whose path ends so.
+
+    Raises:
+        StoreError: there is none.
+    """
+    for candidate in record.payloads:
+        if candidate.path.endswith(ending):
+            return candidate
+    raise StoreError(f"{record.name}: names no payload that ends in {ending}")
+
+
+def run_stage(stage: ShardStage, inputs: Tables) -> pa.Table:
+    """Process one shard's inputs, both ends held against the stage's schemas."""
+    table = check(stage_input(stage.name, inputs), stage.input_schema, f"{stage.name} input")
+    return check(stage.process(table), stage.output_schema, f"{stage.name} output")
+
+
+def publish(
+    task: ShardTask, job: ShardJob, output: pa.Table, store: Store, started: float
+) -> pa.Table:
+    """Write payloads, then the record. Returns the output that is published under the record's
+    name: ours, or that of another attempt that came first."""
+    scope = "" if task.scope is None else f"round={task.scope:02d}/"
+    payloads = []
+    table = output
+    if task.name == "download":
+        folder = f"images/shard={job.shard}"
+        payloads.append(store.put_named(folder, ".tar", write_tar(output)))
+        table = output.drop_columns(["image"])
+    payloads.append(store.put_table(f"{scope}stage={task.name}/shard={job.shard}", table))
+    record = Record(
+        stage=task.name,
+        stage_version=SHARD_STAGES[task.name].version,
+        round=task.scope,
+        shard=job.shard,
+        fingerprint=job.records[task.name].rpartition("-")[2].removesuffix(".json"),
+        payloads=tuple(payloads),
+        counts=count_by(output, "status"),
+        details={"weights": task.weights} if task.weights else {},
+        code_version=code_version(),
+        started=started,
+        finished=time.time(),
+    )
+    if store.publish(record):
+        return output
+    return load(record.name, store)
+
+
+def count_by(table: pa.Table, column: str) -> dict[str, int]:
+    """How many rows have each value of a string column."""
+    counted = pc.value_counts(table[column])
+    return {str(entry["values"]): int(entry["counts"]) for entry in counted.to_pylist()}

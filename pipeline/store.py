@@ -1,0 +1,355 @@
+"""The run folder: payloads, the records that publish them, and fingerprints.
+
+Payloads (Parquet, tar, model folders) go to names that no other attempt uses. A `Record`, created
+only if absent, names its payloads and their checksums; it alone publishes. Whatever no record
+names is scratch. So a kill at any moment leaves nothing half-published, and running again redoes
+only what has no record.
+
+Any fsspec filesystem will do: local, ``s3://``, ``gs://``; ``memory://`` for unit tests only,
+since other processes cannot see it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import BaseModel
+
+from stages.base import Config, fingerprinted
+from stages.errors import StoreError
+
+_CHUNK = 1 << 20
+
+
+class Payload(Config):
+    """One published file."""
+
+    path: str
+    """Relative to the run folder."""
+    bytes: int
+    sha256: str
+    rows: int | None = None
+    """Rows of a Parquet file; None for anything else."""
+
+
+class Record(Config):
+    """One finished piece of work: a shard through one stage, or a whole-round stage."""
+
+    stage: str
+    stage_version: int
+    round: int | None
+    """None for stages whose output belongs to the run (sources, download, embed)."""
+    shard: str
+    """Six digits, or ``all`` for a stage that sees the whole round."""
+    fingerprint: str
+    payloads: tuple[Payload, ...]
+    counts: dict[str, int] = {}
+    """Rows by status."""
+    details: dict[str, str] = {}
+    """What the stage wants known: weights hash, batch size, device, failure."""
+    code_version: str
+    started: float
+    """Seconds since the epoch, UTC."""
+    finished: float
+
+    @property
+    def name(self) -> str:
+        return record_name(self.stage, self.round, self.shard, self.fingerprint)
+
+
+def record_name(stage: str, round_: int | None, shard: str, fingerprint: str) -> str:
+    """Path of a record below the run folder; says all that planning needs to know."""
+    scope = "run" if round_ is None else f"round={round_:02d}"
+    return f"records/{scope}/stage={stage}/{shard}-{fingerprint}.json"
+
+
+def fingerprint(stage: str, version: int, config: BaseModel | None, *inputs: str) -> str:
+    """64 bits, as 16 hex digits, over all that can change what a stage writes.
+
+    Covers the stage and its version, the fields of ``config`` that are not operational, and
+    ``inputs``: fingerprints of the records read (a record is immutable, so its fingerprint stands
+    for its content) and hashes of weights.
+    """
+    described = json.dumps(
+        [stage, version, fingerprinted(config) if config else None, list(inputs)],
+        sort_keys=True,
+        default=_jsonable,
+    )
+    return hashlib.sha256(described.encode()).hexdigest()[:16]
+
+
+def _jsonable(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return fingerprinted(value)
+    return str(value)
+
+
+class Store:
+    """A run folder at ``url``. Cheap to build and to pickle; holds no open files.
+
+    Raises:
+        StoreError: the place cannot be reached or written.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        try:
+            self.fs, self.root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError, OSError) as error:
+            raise StoreError(
+                f"run folder {url!r}: {error}; use a local path or an s3:// or gs:// URL"
+            ) from error
+        self.root = str(self.root).rstrip("/")
+
+    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+        return Store, (self.url,)
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
+
+    @property
+    def cache(self) -> Path:
+        """Where this machine keeps copies of files from a remote store."""
+        name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"capfilt-{os.getuid()}" / name
+
+    def path(self, relative: str) -> str:
+        """Full path of ``relative`` on the store's filesystem."""
+        return f"{self.root}/{relative}"
+
+    @contextmanager
+    def _talking(self, doing: str) -> Iterator[None]:
+        """Turn what a filesystem raises into one line that names the run folder."""
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise StoreError(f"run folder {self.url!r}: {doing}: not found: {error}") from error
+        except OSError as error:
+            raise StoreError(f"run folder {self.url!r}: {doing}: {error}") from error
+        except Exception as error:
+            # botocore's errors derive from Exception alone.
+            if type(error).__module__.partition(".")[0] not in _CLOUD_MODULES:
+                raise
+            raise StoreError(f"run folder {self.url!r}: {doing}: {error}") from error
+
+    def ensure(self) -> None:
+        """Make the run folder and prove that it can be written.
+
+        Raises:
+            StoreError: it cannot.
+        """
+        with self._talking("cannot be written"):
+            self.fs.makedirs(self.root, exist_ok=True)
+            probe = self.path(f"scratch/.probe-{uuid.uuid4().hex}")
+            self.fs.makedirs(self.path("scratch"), exist_ok=True)
+            self.fs.pipe_file(probe, b"")
+            self.fs.rm_file(probe)
+
+    def exists(self, relative: str) -> bool:
+        with self._talking(f"cannot look for {relative}"):
+            return bool(self.fs.exists(self.path(relative)))
+
+    # ---- small files -------------------------------------------------------------------------
+
+    def read_bytes(self, relative: str) -> bytes:
+        with self._talking(f"cannot read {relative}"):
+            return bytes(self.fs.cat_file(self.path(relative)))
+
+    def write_bytes(self, relative: str, data: bytes) -> None:
+        """Replace a small file as a whole; for what is not a record (run.json, plans)."""
+        with self._talking(f"cannot write {relative}"):
+            self.fs.makedirs(self.path(relative).rpartition("/")[0], exist_ok=True)
+            if not self.is_local:
+                self.fs.pipe_file(self.path(relative), data)
+                return
+            scratch = f"{self.path(relative)}.{uuid.uuid4().hex}"
+            Path(scratch).write_bytes(data)
+            Path(scratch).replace(self.path(relative))
+
+    def create(self, relative: str, data: bytes) -> bool:
+        """Write a file that must not exist yet. False, and nothing changed, if it does.
+
+        Atomic: readers see the whole file or none, and of two writers one wins.
+        """
+        target = self.path(relative)
+        with self._talking(f"cannot write {relative}"):
+            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            if self.is_local:
+                return _create_local(Path(target), data)
+            try:
+                self.fs.pipe_file(target, data, mode="create")
+            except FileExistsError:
+                return False
+            return True
+
+    def remove(self, relative: str) -> None:
+        """Remove a file or folder of the scratch area; nothing happens if it is not there."""
+        with self._talking(f"cannot remove {relative}"):
+            if self.fs.exists(self.path(relative)):
+                self.fs.rm(self.path(relative), recursive=True)
+
+    # ---- payloads ----------------------------------------------------------------------------
+
+    def put_table(self, folder: str, table: pa.Table) -> Payload:
+        """Write a table below ``folder`` under a name of its own."""
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        return self.put_named(folder, ".parquet", buffer.getvalue(), table.num_rows)
+
+    def put_named(self, folder: str, ending: str, data: bytes, rows: int | None = None) -> Payload:
+        """Write bytes below ``folder`` under a name of their own that ends in ``ending``."""
+        relative = f"{folder}/{_attempt()}{ending}"
+        with self._talking(f"cannot write {relative}"):
+            self.fs.makedirs(self.path(relative).rpartition("/")[0], exist_ok=True)
+            self.fs.pipe_file(self.path(relative), data)
+        return Payload(
+            path=relative, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows
+        )
+
+    def put_file(self, relative: str, local: Path) -> Payload:
+        """Copy a local file to ``relative``, a name that no other attempt uses."""
+        digest = hashlib.sha256()
+        with self._talking(f"cannot write {relative}"):
+            self.fs.makedirs(self.path(relative).rpartition("/")[0], exist_ok=True)
+            with local.open("rb") as source, self.fs.open(self.path(relative), "wb") as target:
+                while chunk := source.read(_CHUNK):
+                    digest.update(chunk)
+                    target.write(chunk)
+        rows = pq.read_metadata(local).num_rows if local.suffix == ".parquet" else None
+        return Payload(
+            path=relative, bytes=local.stat().st_size, sha256=digest.hexdigest(), rows=rows
+        )
+
+    def put_folder(self, folder: str, local: Path) -> tuple[Payload, ...]:
+        """Copy every file of a local folder below ``folder/<attempt>/``."""
+        attempt = _attempt()
+        return tuple(
+            self.put_file(f"{folder}/{attempt}/{file.relative_to(local).as_posix()}", file)
+            for file in sorted(local.rglob("*"))
+            if file.is_file()
+        )
+
+    def read_table(self, payload: Payload, columns: list[str] | None = None) -> pa.Table:
+        with self._talking(f"cannot read {payload.path}"):
+            with self.fs.open(self.path(payload.path), "rb") as file:
+                return pq.read_table(file, columns=columns)
+
+    def local_copy(self, relative: str) -> Path:
+        """A local path to the file: itself on a local store, else a copy in `cache`.
+
+        Payload names are never reused, so a copy never goes stale.
+        """
+        if self.is_local:
+            return Path(self.path(relative))
+        target = self.cache / relative
+        if not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                self._talking(f"cannot read {relative}"),
+                tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as scratch,
+            ):
+                with self.fs.open(self.path(relative), "rb") as source:
+                    shutil.copyfileobj(source, scratch, _CHUNK)
+            Path(scratch.name).replace(target)
+        return target
+
+    def local_folder(self, relative: str) -> Path:
+        """A local path to a folder of payloads, copied file by file from a remote store."""
+        if self.is_local:
+            return Path(self.path(relative))
+        with self._talking(f"cannot list {relative}"):
+            found = self.fs.find(self.path(relative))
+        for name in found:
+            self.local_copy(str(name)[len(self.root) + 1 :])
+        return self.cache / relative
+
+    def checksum(self, payload: Payload) -> str | None:
+        """sha256 of the file as it is now, or None where it is missing."""
+        digest = hashlib.sha256()
+        try:
+            with self.fs.open(self.path(payload.path), "rb") as file:
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+        except FileNotFoundError:
+            return None
+        return digest.hexdigest()
+
+    # ---- records -----------------------------------------------------------------------------
+
+    def publish(self, record: Record) -> bool:
+        """Create the record. False if another attempt published the same work first."""
+        data = record.model_dump_json(indent=1).encode()
+        return self.create(record.name, data)
+
+    def record_names(self) -> set[str]:
+        """Paths of all records: one listing, nothing opened."""
+        with self._talking("cannot list records"):
+            if not self.fs.exists(self.path("records")):
+                return set()
+            self.fs.invalidate_cache()
+            found = self.fs.find(self.path("records"))
+        return {str(name)[len(self.root) + 1 :] for name in found if str(name).endswith(".json")}
+
+    def read_record(self, name: str) -> Record:
+        data = self.read_bytes(name)
+        try:
+            return Record.model_validate_json(data)
+        except ValueError as error:
+            raise StoreError(f"run folder {self.url!r}: {name} is not a record") from error
+
+    def read_records(self, names: Iterable[str]) -> list[Record]:
+        """The records, in the order of their names; fetched together from remote stores."""
+        ordered = sorted(names)
+        if self.is_local:
+            return [self.read_record(name) for name in ordered]
+        with self._talking("cannot read records"):
+            found = self.fs.cat([self.path(n) for n in ordered]) if ordered else {}
+        return [Record.model_validate_json(found[self.path(name)]) for name in ordered]
+
+    # ---- JSON documents ----------------------------------------------------------------------
+
+    def read_json(self, relative: str) -> Any:
+        """A JSON file that the run wrote, or None where there is none yet."""
+        if not self.exists(relative):
+            return None
+        try:
+            return json.loads(self.read_bytes(relative))
+        except ValueError as error:
+            raise StoreError(f"run folder {self.url!r}: {relative} is not JSON") from error
+
+    def write_json(self, relative: str, value: object) -> None:
+        self.write_bytes(relative, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+_CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
+
+
+def _attempt() -> str:
+    return uuid.uuid4().hex
+
+
+def _create_local(target: Path, data: bytes) -> bool:
+    """``link`` refuses an existing name, and the linked file is already complete."""
+    scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    scratch.write_bytes(data)
+    try:
+        os.link(scratch, target)
+    except FileExistsError:
+        return False
+    finally:
+        scratch.unlink()
+    return True
