@@ -103,7 +103,7 @@ class Context(Protocol):
 
 
 class LocalContext:
-    """A `Context` in the calling process: one worker, no progress shown, checkpoints in a folder."""
+    """A `Context` in the calling process: one worker, no progress, checkpoints in a folder."""
 
     rank = 0
     world_size = 1
@@ -163,9 +163,7 @@ class DatasetStage(ABC):
     version: ClassVar[int]
 
     @abstractmethod
-    def run(
-        self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context
-    ) -> None: ...
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None: ...
 
 
 def read_tables(files: Iterable[Path], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -174,3 +172,10 @@ def read_tables(files: Iterable[Path], columns: Sequence[str] | None = None) -> 
 
     for file in files:
         yield pq.read_table(file, columns=list(columns) if columns is not None else None)
+
+
+def read_table(files: Sequence[Path], schema: pa.Schema, columns: Sequence[str]) -> pa.Table:
+    """The named columns of all the files as one table; an empty one where there are no files."""
+    kinds = pa.schema([schema.field(name) for name in columns])
+    tables = [table.cast(kinds) for table in read_tables(files, columns)]
+    return pa.concat_tables([kinds.empty_table(), *tables])
