@@ -35,13 +35,13 @@ INITIALIZER_STD = 0.02
 class VisionConfig(Config):
     """Sizes of the image encoder; the defaults are ViT-B/16 at BLIP's pretraining resolution."""
 
-    image_size: int = Field(224, ge=1)
-    patch_size: int = Field(16, ge=1)
-    width: int = Field(768, ge=1)
-    layers: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    mlp_width: int = Field(3072, ge=1)
-    eps: float = Field(1e-6, gt=0)
+    image_size: int = Field(default=224, ge=1)
+    patch_size: int = Field(default=16, ge=1)
+    width: int = Field(default=768, ge=1)
+    layers: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    mlp_width: int = Field(default=3072, ge=1)
+    eps: float = Field(default=1e-6, gt=0)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> VisionConfig:
@@ -60,20 +60,20 @@ class VisionConfig(Config):
 class TextConfig(Config):
     """Sizes of the text stack; the defaults are BERT-base with BLIP's two extra tokens."""
 
-    vocab_size: int = Field(30524, ge=1)
-    width: int = Field(768, ge=1)
-    layers: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    mlp_width: int = Field(3072, ge=1)
-    max_positions: int = Field(512, ge=1)
-    vision_width: int = Field(768, ge=1)
-    eps: float = Field(1e-12, gt=0)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    pad_token_id: int = Field(0, ge=0)
-    cls_token_id: int = Field(101, ge=0)
-    sep_token_id: int = Field(102, ge=0)
-    dec_token_id: int = Field(30522, ge=0)
-    enc_token_id: int = Field(30523, ge=0)
+    vocab_size: int = Field(default=30524, ge=1)
+    width: int = Field(default=768, ge=1)
+    layers: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    mlp_width: int = Field(default=3072, ge=1)
+    max_positions: int = Field(default=512, ge=1)
+    vision_width: int = Field(default=768, ge=1)
+    eps: float = Field(default=1e-12, gt=0)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
+    pad_token_id: int = Field(default=0, ge=0)
+    cls_token_id: int = Field(default=101, ge=0)
+    sep_token_id: int = Field(default=102, ge=0)
+    dec_token_id: int = Field(default=30522, ge=0)
+    enc_token_id: int = Field(default=30523, ge=0)
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TextConfig:

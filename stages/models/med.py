@@ -1,0 +1,334 @@
+"""MED, BLIP's multimodal mixture of encoder and decoder, and its training step in one pass.
+
+The original runs the vision tower's output through the text stack four times, each time computing
+the cross-attention's keys and values of every image and layer anew. Here they are computed once
+for each image and layer, since encoder and decoder share their cross-attention, and every use
+indexes them. The losses are the original's to rounding (BLIP, section 3.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from stages.base import Config
+from stages.models.blocks import (
+    KeyValue,
+    LMHead,
+    TextConfig,
+    TextStack,
+    VisionConfig,
+    VisionTransformer,
+)
+from stages.models.losses import (
+    MedLosses,
+    Negatives,
+    contrastive_targets,
+    draw_negatives,
+    matching_labels,
+    same_pair,
+)
+
+TEMPERATURE_RANGE = (0.001, 0.5)
+NO_IMAGE_ID = -1
+
+Gather = Callable[[Tensor], Tensor]
+"""(B, …) of this worker → (world · B, …) of all workers, in the same order on each."""
+
+
+class MedConfig(Config):
+    """MED's sizes and the constants of its losses; the defaults are BLIP's with ViT-B/16."""
+
+    vision: VisionConfig = VisionConfig()
+    text: TextConfig = TextConfig()
+    projection_dim: int = Field(default=256, ge=1)
+    queue_size: int = Field(default=57_600, ge=1)
+    momentum: float = Field(default=0.995, ge=0, le=1)
+    temperature: float = Field(default=0.07, ge=TEMPERATURE_RANGE[0], le=TEMPERATURE_RANGE[1])
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    max_text_tokens: int = Field(default=30, ge=3)
+    mask_same_image: bool = True
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> MedConfig:
+        if self.text.vision_width != self.vision.width:
+            raise ValueError(
+                f"text.vision_width {self.text.vision_width} must equal vision.width "
+                f"{self.vision.width}"
+            )
+        return self
+
+
+class _Features(NamedTuple):
+    """Normalised features of a batch, each (B, projection_dim)."""
+
+    image: Tensor
+    text: Tensor
+
+
+class _Predictions(nn.Module):
+    def __init__(self, config: TextConfig, bert: TextStack) -> None:
+        super().__init__()
+        self.predictions = LMHead(config, bert.embeddings.word_embeddings)
+
+
+class _Decoder(nn.Module):
+    """`BlipTextLMHeadModel`'s shape: ``bert`` and ``cls.predictions``."""
+
+    def __init__(self, config: TextConfig, encoder: TextStack) -> None:
+        super().__init__()
+        self.bert = TextStack(config)
+        share_all_but_self_attention(encoder, self.bert)
+        self.cls = _Predictions(config, self.bert)
+
+
+def share_all_but_self_attention(encoder: TextStack, decoder: TextStack) -> None:
+    """Let ``decoder`` use the encoder's modules, except self-attention (BLIP, section 3.1).
+
+    Shared are modules, not only tensors: no load, cast or copy can take them apart.
+    """
+    decoder.embeddings = encoder.embeddings
+    for ours, theirs in zip(decoder.encoder.layer, encoder.encoder.layer, strict=True):
+        ours.crossattention = theirs.crossattention
+        ours.intermediate = theirs.intermediate
+        ours.output = theirs.output
+
+
+class Med(nn.Module):
+    """BLIP's model with momentum copies (``*_m``) and feature queues.
+
+    Parameters carry transformers' names. Momentum copies take part in no gradient and follow the
+    module's train or eval mode, as in the original.
+    """
+
+    image_queue: Tensor
+    text_queue: Tensor
+    image_id_queue: Tensor
+    queue_ptr: Tensor
+
+    def __init__(self, config: MedConfig) -> None:
+        super().__init__()
+        self.config = config
+        vision, text, size = config.vision, config.text, config.projection_dim
+        self.vision_model = VisionTransformer(vision)
+        self.text_encoder = TextStack(text)
+        self.text_decoder = _Decoder(text, self.text_encoder)
+        self.vision_proj = nn.Linear(vision.width, size)
+        self.text_proj = nn.Linear(text.width, size)
+        self.itm_head = nn.Linear(text.width, 2)
+        self.temp = nn.Parameter(torch.tensor(config.temperature))
+        self.vision_model_m = VisionTransformer(vision)
+        self.text_encoder_m = TextStack(text)
+        self.vision_proj_m = nn.Linear(vision.width, size)
+        self.text_proj_m = nn.Linear(text.width, size)
+        for name in ("image_queue", "text_queue"):
+            queue = F.normalize(torch.randn(size, config.queue_size), dim=0)
+            self.register_buffer(name, queue)
+        self.register_buffer("image_id_queue", torch.full((config.queue_size,), NO_IMAGE_ID))
+        self.register_buffer("queue_ptr", torch.zeros(1, dtype=torch.int64))
+        self.reset_momentum()
+
+    @torch.no_grad()
+    def reset_momentum(self) -> None:
+        """Make the momentum copies equal to the online weights, as at the start of training."""
+        for online, copy in self._momentum_pairs():
+            copy.requires_grad_(False)
+            copy.copy_(online)
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        alpha: float = 0.0,
+        *,
+        image_ids: Tensor | None = None,
+        negatives: tuple[Tensor, Tensor] | None = None,
+        generator: torch.Generator | None = None,
+        gather: Gather | None = None,
+        matching: bool = True,
+        language: bool = True,
+        prompt_length: int = 0,
+    ) -> MedLosses:
+        """The losses of one step; also moves the momentum copies and the queues on.
+
+        - ``pixel_values``: (B, 3, S, S); ``input_ids``, ``attention_mask``: (B, L) int64, texts as
+          tokenized, ``[CLS]`` first and ``[SEP]`` last; columns that are all padding are dropped.
+        - ``alpha``: weight of the momentum model's soft targets, 0 to 1.
+        - ``image_ids``: (B,) int64, not negative, equal for pairs of one image. Used if
+          ``config.mask_same_image``.
+        - ``negatives``: hard negatives to use instead of drawing them: the image index for each
+          text, the text index for each image. ``generator`` draws them otherwise.
+        - ``gather`` brings the workers' features together for the queue.
+        - ``matching`` asks for ITC and ITM, ``language`` for LM; fine-tuning wants one of them.
+        - ``prompt_length``: leading positions, ``[DEC]`` included, that carry no LM loss.
+        """
+        input_ids, attention_mask = trim(input_ids, attention_mask)
+        tokens = self.vision_model(pixel_values)
+        image_kv = self.text_encoder.cross_kv(tokens)
+        itc = itm = lm = tokens.new_zeros(())
+        if matching:
+            itc, itm = self.contrastive_and_matching(
+                pixel_values,
+                tokens,
+                image_kv,
+                input_ids,
+                attention_mask,
+                alpha=alpha,
+                image_ids=image_ids if self.config.mask_same_image else None,
+                negatives=Negatives(*negatives) if negatives is not None else None,
+                generator=generator,
+                gather=gather,
+            )
+        if language:
+            lm = self.language_modelling(image_kv, input_ids, prompt_length)
+        return MedLosses(itc, itm, lm)
+
+    def contrastive_and_matching(
+        self,
+        pixel_values: Tensor,
+        tokens: Tensor,
+        image_kv: list[KeyValue],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        *,
+        alpha: float = 0.0,
+        image_ids: Tensor | None = None,
+        negatives: Negatives | None = None,
+        generator: torch.Generator | None = None,
+        gather: Gather | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """ITC and ITM from (B, T, Dv) image tokens and their `TextStack.cross_kv`."""
+        states = self.text_encoder(input_ids, attention_mask, first_only=True)
+        online = _Features(
+            F.normalize(self.vision_proj(tokens[:, 0]), dim=-1),
+            F.normalize(self.text_proj(states[:, 0]), dim=-1),
+        )
+        momentum = self._momentum_features(pixel_values, input_ids, attention_mask)
+        positives = same_pair(tokens.shape[0], image_ids, tokens.device)
+        itc, i2t, t2i = self._contrastive(online, momentum, positives, image_ids, alpha)
+        self._enqueue(momentum, image_ids, gather)
+        if negatives is None:
+            negatives = draw_negatives(i2t, t2i, positives, generator)
+        itm = self._matching(image_kv, input_ids, attention_mask, negatives)
+        return itc, itm
+
+    def language_modelling(
+        self, image_kv: list[KeyValue], input_ids: Tensor, prompt_length: int = 0
+    ) -> Tensor:
+        """Mean next-token loss with label smoothing over the tokens that follow the prompt."""
+        config = self.config.text
+        states = self.text_decoder.bert(
+            _starting_with(config.dec_token_id, input_ids), causal=True, image_kv=image_kv
+        )
+        # Position t predicts token t + 1; only positions with a target reach the vocabulary.
+        wanted = input_ids[:, 1:] != config.pad_token_id
+        wanted[:, : max(prompt_length - 1, 0)] = False
+        logits = self.text_decoder.cls.predictions(states[:, :-1][wanted])
+        return F.cross_entropy(
+            logits, input_ids[:, 1:][wanted], label_smoothing=self.config.label_smoothing
+        )
+
+    @torch.no_grad()
+    def _momentum_features(
+        self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
+    ) -> _Features:
+        online, copies = map(list, zip(*self._momentum_pairs(), strict=True))
+        torch._foreach_lerp_(copies, online, 1 - self.config.momentum)
+        image = self.vision_model_m(pixel_values, first_only=True)[:, 0]
+        text = self.text_encoder_m(input_ids, attention_mask, first_only=True)[:, 0]
+        return _Features(
+            F.normalize(self.vision_proj_m(image), dim=-1),
+            F.normalize(self.text_proj_m(text), dim=-1),
+        )
+
+    def _contrastive(
+        self,
+        online: _Features,
+        momentum: _Features,
+        positives: Tensor,
+        image_ids: Tensor | None,
+        alpha: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The ITC loss and the (B, B) scores within the batch, both ways."""
+        batch = len(online.image)
+        with torch.no_grad():
+            self.temp.clamp_(*TEMPERATURE_RANGE)
+            dtype = momentum.image.dtype
+            images = torch.cat([momentum.image.T, self.image_queue.to(dtype)], dim=1)
+            texts = torch.cat([momentum.text.T, self.text_queue.to(dtype)], dim=1)
+            if image_ids is None:
+                positives = F.pad(positives, (0, self.config.queue_size))
+            else:
+                queued = image_ids[:, None] == self.image_id_queue[None, :]
+                positives = torch.cat([positives, queued], dim=1)
+            targets_i2t = contrastive_targets(positives, momentum.image @ texts / self.temp, alpha)
+            targets_t2i = contrastive_targets(positives, momentum.text @ images / self.temp, alpha)
+        i2t, t2i = online.image @ texts / self.temp, online.text @ images / self.temp
+        loss = (F.cross_entropy(i2t, targets_i2t) + F.cross_entropy(t2i, targets_t2i)) / 2
+        return loss, i2t[:, :batch].detach(), t2i[:, :batch].detach()
+
+    def _matching(
+        self,
+        image_kv: list[KeyValue],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        negatives: Negatives,
+    ) -> Tensor:
+        batch = input_ids.shape[0]
+        own = torch.arange(batch, device=input_ids.device)
+        texts = torch.cat([own, own, negatives.text_index])
+        images = torch.cat([own, negatives.image_index, own])
+        states = self.text_encoder(
+            _starting_with(self.config.text.enc_token_id, input_ids),
+            attention_mask,
+            image_kv=[(key[images], value[images]) for key, value in image_kv],
+            rows=texts,
+            first_only=True,
+        )
+        labels = matching_labels(batch, negatives, input_ids.device)
+        return F.cross_entropy(self.itm_head(states[:, 0]), labels)
+
+    @torch.no_grad()
+    def _enqueue(
+        self, momentum: _Features, image_ids: Tensor | None, gather: Gather | None
+    ) -> None:
+        image, text = momentum
+        if image_ids is None:
+            image_ids = self.image_id_queue.new_full((len(image),), NO_IMAGE_ID)
+        if gather is not None:
+            image, text, image_ids = gather(image), gather(text), gather(image_ids)
+        size = self.config.queue_size
+        slots = torch.arange(min(len(image), size), device=self.queue_ptr.device)
+        slots = (slots + self.queue_ptr) % size
+        self.image_queue[:, slots] = image[-size:].T.to(self.image_queue.dtype)
+        self.text_queue[:, slots] = text[-size:].T.to(self.text_queue.dtype)
+        self.image_id_queue[slots] = image_ids[-size:]
+        self.queue_ptr.add_(len(slots)).remainder_(size)
+
+    def _momentum_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        pairs = (
+            (self.vision_model, self.vision_model_m),
+            (self.vision_proj, self.vision_proj_m),
+            (self.text_encoder, self.text_encoder_m),
+            (self.text_proj, self.text_proj_m),
+        )
+        for online, copy in pairs:
+            yield from zip(online.parameters(), copy.parameters(), strict=True)
+
+
+def trim(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the columns on the right that are padding in every row."""
+    length = int(attention_mask.sum(1).max())
+    return input_ids[:, :length], attention_mask[:, :length]
+
+
+def _starting_with(token_id: int, input_ids: Tensor) -> Tensor:
+    ids = input_ids.clone()
+    ids[:, 0] = token_id
+    return ids
