@@ -1,0 +1,47 @@
+# capfilt: `make quickstart` and `make test` are all that a newcomer needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: install quickstart test check format bench chaos lock clean
+
+install: $(INSTALLED)
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+quickstart: install  ## two bootstrapping rounds on the embedded sample world
+	$(BIN)/capfilt run configs/quickstart.yaml
+	$(BIN)/capfilt report runs/quickstart
+
+check: install  ## format, lint, types, import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## every check and every test
+	$(BIN)/pytest
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+chaos: install  ## the long kill tests
+	$(BIN)/pytest tests/chaos
+
+bench: install  ## every benchmark, at sizes for two cores
+	set -e; for file in tests/bench/[a-z]*.py; do \
+	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m tests.bench.$$name; done
+
+lock:  ## pin what is installed now
+	(head -1 requirements.lock; $(BIN)/pip freeze --all --exclude capfilt --exclude pip \
+	  | sed 's/^\(torch==[0-9.]*\)+cpu/\1/') > requirements.lock.new
+	mv requirements.lock.new requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
