@@ -33,3 +33,8 @@ def media_url(image_sha256: str) -> str:
 def pair_id(sample: str, source: str, text: str) -> str:
     """Id of one image with one text; ``source`` is web, synthetic or human."""
     return digest("pair", sample, source, text)
+
+
+def failed_caption_id(sample: str, caption_index: int) -> str:
+    """Id of a pair whose synthetic text could not be written: it has no text to be known by."""
+    return pair_id(sample, "synthetic", f"#{caption_index}")

@@ -111,7 +111,7 @@ PAIRS = _schema(
     ("itm_score", pa.float32(), "probability that text and image match; null where not scored"),
     ("itc_score", pa.float32(), "cosine of the contrastive features; null where not scored"),
     ("state", _TEXT, "one of PAIR_STATES"),
-    ("carried_by", _TEXT, "sample_id of the survivor that carries a merged text; else null"),
+    ("carried_by", _TEXT, "sample_id of the survivor: of merged texts, and of their duplicates"),
     ("cluster_id", _TEXT, "duplicate cluster of the sample; null for human pairs"),
     ("url", _TEXT, "address of the image; null where it came from a file"),
     _SHARD,

@@ -19,13 +19,13 @@ from stages.base import LocalContext
 from stages.dedup import DedupConfig, DedupStage, UnionFind
 from stages.errors import RunError
 from stages.schemas import CLUSTERS, DOWNLOAD, EMBEDDINGS
+from tests.tables import filled, write_shards
 
 RNG = np.random.default_rng
 
 
 def download(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    defaults = dict.fromkeys(DOWNLOAD.names) | {"source": "web", "status": "success"}
-    return pa.Table.from_pylist([defaults | row for row in rows], schema=DOWNLOAD)
+    return filled(DOWNLOAD, rows, source="web", status="success")
 
 
 def embeddings(vectors: dict[str, Any], model: str = "m") -> pa.Table:
@@ -41,14 +41,6 @@ def embeddings(vectors: dict[str, Any], model: str = "m") -> pa.Table:
     return pa.Table.from_pylist(rows, schema=EMBEDDINGS)
 
 
-def write(folder: Path, name: str, tables: Sequence[pa.Table]) -> list[Path]:
-    files = []
-    for number, table in enumerate(tables):
-        files.append(folder / f"{name}-{number:06d}.parquet")
-        pq.write_table(table, files[-1])
-    return files
-
-
 def run(
     folder: Path,
     downloads: Sequence[pa.Table],
@@ -56,8 +48,8 @@ def run(
     config: DedupConfig | None = None,
 ) -> dict[str, dict[str, Any]]:
     inputs = {
-        "download": write(folder, "download", downloads),
-        "embeddings": write(folder, "embeddings", vectors),
+        "download": write_shards(folder, "download", downloads),
+        "embeddings": write_shards(folder, "embeddings", vectors),
     }
     DedupStage(config or DedupConfig()).run(inputs, folder, LocalContext())
     table = pq.read_table(folder / "clusters.parquet")
