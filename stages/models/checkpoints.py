@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from stages.errors import CheckpointError
 from stages.models.blocks import INITIALIZER_STD
-from stages.models.folders import (
-    WEIGHTS,
-    load_part,
-    local_folder,
-    read_json,
-    read_sizes,
-    read_tensors,
-)
+from stages.models.folders import ModelFolder
 from stages.models.images import Preprocessing
 from stages.models.med import Med, MedConfig
 from stages.models.text import fitted_to, load_tokenizer
@@ -34,20 +30,7 @@ from stages.models.text import fitted_to, load_tokenizer
 if TYPE_CHECKING:
     from transformers import BertTokenizer
 
-__all__ = [
-    "load_med",
-    "load_part",
-    "load_tensors",
-    "local_folder",
-    "read_json",
-    "read_sizes",
-    "read_tensors",
-    "save_captioner",
-    "save_filter",
-    "save_med",
-    "weights_hash",
-]
-
+WEIGHTS = "model.safetensors"
 MOMENTUM = "momentum.safetensors"
 MATCHER = "BlipForImageTextRetrieval"
 CAPTIONER = "BlipForConditionalGeneration"
@@ -56,8 +39,25 @@ _MOMENTUM_PARTS = ("vision_model_m.", "text_encoder_m.", "vision_proj_m.", "text
 _QUEUES = ("image_queue", "text_queue", "image_id_queue", "queue_ptr")
 _MATCHER_PARTS = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
 _CAPTIONER_PARTS = ("vision_model.", "text_decoder.")
+_POSITIONS = {
+    "vision_model.embeddings.position_embedding",
+    "vision_model_m.embeddings.position_embedding",
+}
 # Names that transformers ties on loading, so that a file must not hold them twice.
 _TIED_IN_HEAD = tuple(f"text_decoder.cls.predictions.decoder.{name}" for name in ("weight", "bias"))
+
+
+def resized_positions(positions: Tensor, count: int) -> Tensor:
+    """Image position embeddings (1, 1 + P, D) for ``count`` positions, class token included.
+
+    Bicubic over the square grid, as transformers' ``interpolate_pos_encoding`` does.
+    """
+    if positions.shape[1] == count:
+        return positions
+    old, new = math.isqrt(positions.shape[1] - 1), math.isqrt(count - 1)
+    grid = positions[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    return torch.cat([positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
 
 
 def load_tensors(med: Med, tensors: Mapping[str, Tensor], source: str | Path) -> None:
@@ -76,7 +76,18 @@ def load_tensors(med: Med, tensors: Mapping[str, Tensor], source: str | Path) ->
     for ours, theirs in _shared_names(state):
         if ours not in tensors and theirs in tensors:
             filled[ours] = tensors[theirs]
-    load_part(med, filled, "", source)
+    for name in filled.keys() & _POSITIONS:
+        filled[name] = resized_positions(filled[name], state[name].shape[1])
+    for name in filled.keys() & state.keys():
+        if filled[name].shape != state[name].shape:
+            found, needed = list(filled[name].shape), list(state[name].shape)
+            raise CheckpointError(f"{source}: {name} has shape {found}; need {needed}")
+    missing = med.load_state_dict(filled, strict=False).missing_keys
+    if missing:
+        raise CheckpointError(
+            f"{source}: no tensor {missing[0]} ({len(missing)} missing); need a whole MED, "
+            "text encoder, text decoder and heads"
+        )
     if not has_momentum:
         med.reset_momentum()
 
@@ -97,17 +108,18 @@ def load_med(source: str | Path, config: MedConfig | None = None) -> Med:
     image size (positions are resized), dropout, queue and loss constants. None = the folder's
     image size and BLIP's constants.
     """
-    folder = local_folder(source)
-    vision, text, projection_dim = read_sizes(folder)
-    text = fitted_to(text, load_tokenizer(folder))
+    folder = ModelFolder.open(source)
+    folder.require("blip", (*_MATCHER_PARTS, *_CAPTIONER_PARTS), "a whole MED")
+    vision, text, projection_dim = folder.blip()
+    text = fitted_to(text, load_tokenizer(folder.path))
     if config is not None:
         vision = vision.model_copy(update={"image_size": config.vision.image_size})
         text = text.model_copy(update={"dropout": config.text.dropout})
     parts = {"vision": vision, "text": text, "projection_dim": projection_dim}
     med = Med((config or MedConfig()).model_copy(update=parts))
-    tensors = read_tensors(folder)
-    if (folder / MOMENTUM).is_file():
-        tensors |= read_tensors(folder, MOMENTUM)
+    tensors = folder.tensors("")
+    if (folder.path / MOMENTUM).is_file():
+        tensors |= load_file(folder.path / MOMENTUM)
     load_tensors(med, tensors, source)
     return med
 
