@@ -88,8 +88,8 @@ class Published:
 
     records: tuple[str, ...]
     """Record names, in the order of their shards."""
-    ending: str
-    """Of the payload paths that are meant."""
+    pattern: str
+    """Which of their payloads, as a shell pattern over the path."""
 
 
 @dataclass(frozen=True)

@@ -234,6 +234,10 @@ class Store:
             path=relative, bytes=local.stat().st_size, sha256=digest.hexdigest(), rows=rows
         )
 
+    def put_unique(self, folder: str, ending: str, local: Path) -> Payload:
+        """Copy a local file below ``folder`` under a name of its own."""
+        return self.put_file(f"{folder}/{_attempt()}{ending}", local)
+
     def put_folder(self, folder: str, local: Path) -> tuple[Payload, ...]:
         """Copy every file of a local folder below ``folder/<attempt>/``."""
         attempt = _attempt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -92,7 +93,7 @@ def open_input(source: Published | str, store: Store) -> list[Path]:
         store.local_copy(payload.path)
         for record in store.read_records(source.records)
         for payload in record.payloads
-        if payload.path.endswith(source.ending)
+        if fnmatchcase(payload.path, source.pattern)
     ]
 
 

@@ -1,0 +1,178 @@
+"""The two accounts of a round. They are recomputed from what the stages wrote, not taken from
+select, so that a row or a pair that anything drops, doubles or invents is found.
+
+    rows in  = downloaded + each reason of failure + duplicate_row + removed
+    pairs in = kept + merged + rejected + duplicate + failed + quarantined + contaminated + removed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from stages.base import Context, DatasetStage, read_table
+from stages.download import STATUSES
+from stages.errors import LedgerError
+from stages.ids import failed_caption_id, pair_id
+from stages.schemas import (
+    CAPTIONS,
+    DOWNLOAD,
+    LEDGER,
+    PAIR_STATES,
+    PAIRS,
+    ROWS,
+    SOURCES,
+    TRAINING_INDEX,
+    check,
+)
+
+ROW_STATES = ("downloaded", "removed", *(status for status in STATUSES if status != "success"))
+
+
+class LedgerStage(DatasetStage):
+    """Writes what `balance` finds to ``ledger.parquet``; its inputs are `balance`'s."""
+
+    name = "ledger"
+    version = 1
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        pq.write_table(balance(inputs), output_dir / "ledger.parquet")
+
+
+def balance(inputs: Mapping[str, Sequence[Path]]) -> pa.Table:
+    """The balanced accounts of a round as a LEDGER table.
+
+    Args:
+        inputs: Parquet files under ``sources``, ``download``, ``rows`` and ``pairs``, and where
+            there are any, ``captions`` and ``index`` (TRAINING_INDEX).
+
+    Checked: the rows are the source rows, each once, its state what download said (or
+    ``removed``); the pairs are the distinct texts of the downloaded rows and the captions, each
+    once, in one of `PAIR_STATES`; a merged text is carried by a sample that keeps one; the pairs
+    of the index are the kept and merged ones.
+
+    Raises:
+        LedgerError: an account does not balance; says which, by how much, and an id to look at.
+    """
+    with duckdb.connect(":memory:", config={"autoinstall_known_extensions": False}) as connection:
+        for name, (schema, columns) in _READS.items():
+            connection.register(name, read_table(inputs.get(name, ()), schema, columns))
+        connection.register("pairs_in", _pairs_in(inputs))
+        _check_rows(connection)
+        _check_pairs(connection)
+        if "index" in inputs:
+            _compare(connection, "training index", "pair_id", _TRAINABLE, 'FROM "index"')
+        return check(connection.sql(_LEDGER).to_arrow_table(), LEDGER, "ledger")
+
+
+def _pairs_in(inputs: Mapping[str, Sequence[Path]]) -> pa.Table:
+    """One row a distinct pair that has to be accounted for."""
+    pairs: dict[str, None] = {}
+    for file in inputs["download"]:
+        table = read_table([file], DOWNLOAD, ["sample_id", "source", "text", "status"])
+        for row in table.to_pylist():
+            if row["status"] == "success":
+                pairs[pair_id(row["sample_id"], row["source"], row["text"] or "")] = None
+    for file in inputs.get("captions", ()):
+        table = read_table([file], CAPTIONS, ["sample_id", "caption_index", "text", "status"])
+        for row in table.to_pylist():
+            if row["status"] == "success":
+                pairs[pair_id(row["sample_id"], "synthetic", row["text"] or "")] = None
+            else:
+                pairs[failed_caption_id(row["sample_id"], row["caption_index"])] = None
+    return pa.table({"pair_id": pa.array(list(pairs), pa.string())})
+
+
+def _check_rows(connection: duckdb.DuckDBPyConnection) -> None:
+    _compare(connection, "download", "row_id", "FROM sources", "FROM download")
+    _compare(connection, "rows", "row_id", "FROM sources", "FROM rows")
+    _check_states(connection, "rows", "row_id", ROW_STATES)
+    contradiction = connection.execute(_CONTRADICTIONS).fetchone()
+    if contradiction:
+        row, state, status = contradiction
+        raise LedgerError(
+            f"ledger: rows: row_id {row} ended as {state!r} though download says {status!r}"
+        )
+
+
+def _check_pairs(connection: duckdb.DuckDBPyConnection) -> None:
+    _compare(connection, "pairs", "pair_id", "FROM pairs_in", "FROM pairs")
+    _check_states(connection, "pairs", "pair_id", PAIR_STATES)
+    orphan = connection.execute(_ORPHANS).fetchone()
+    if orphan:
+        raise LedgerError(
+            f"ledger: pairs: pair_id {orphan[0]} is merged onto sample {orphan[1]}, "
+            "which keeps no pair of its own"
+        )
+
+
+def _compare(
+    connection: duckdb.DuckDBPyConnection, account: str, key: str, expected: str, found: str
+) -> None:
+    """Both sides hold the same ids, each once. The sides are SQL, from FROM on."""
+    counts = connection.execute(
+        f"SELECT (SELECT count(*) {expected}), (SELECT count(*) {found})"
+    ).fetchone()
+    missing = _ids(connection, f"SELECT {key} {expected} EXCEPT SELECT {key} {found}")
+    extra = _ids(connection, f"SELECT {key} {found} EXCEPT SELECT {key} {expected}")
+    twice = _ids(connection, f"SELECT {key} {found} GROUP BY {key} HAVING count(*) > 1")
+    repeated = _ids(connection, f"SELECT {key} {expected} GROUP BY {key} HAVING count(*) > 1")
+    kinds = {"missing": missing, "unexpected": extra, "found twice": twice, "in twice": repeated}
+    problems = [f"{len(ids)} {kind}, first {key} {ids[0]}" for kind, ids in kinds.items() if ids]
+    if problems:
+        assert counts is not None
+        raise LedgerError(
+            f"ledger: {account}: expected {counts[0]}, found {counts[1]}: {'; '.join(problems)}"
+        )
+
+
+def _ids(connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
+    return [str(row[0]) for row in connection.execute(f"{query} ORDER BY 1").fetchall()]
+
+
+def _check_states(
+    connection: duckdb.DuckDBPyConnection, account: str, key: str, allowed: Sequence[str]
+) -> None:
+    query = f"SELECT {key}, state FROM {account} WHERE state IS NULL OR state NOT IN $allowed"
+    wrong = connection.execute(f"{query} ORDER BY 1", {"allowed": list(allowed)}).fetchall()
+    if wrong:
+        raise LedgerError(
+            f"ledger: {account}: {len(wrong)} without a final state, first {key} {wrong[0][0]}: "
+            f"{wrong[0][1]!r} is not one of {', '.join(allowed)}"
+        )
+
+
+_READS: Mapping[str, tuple[pa.Schema, tuple[str, ...]]] = {
+    "sources": (SOURCES, ("row_id", "source")),
+    "download": (DOWNLOAD, ("row_id", "status")),
+    "rows": (ROWS, ("row_id", "state")),
+    "pairs": (PAIRS, ("pair_id", "sample_id", "source", "state", "carried_by")),
+    "index": (TRAINING_INDEX, ("pair_id",)),
+}
+
+_TRAINABLE = "FROM pairs WHERE state IN ('kept', 'merged')"
+
+_CONTRADICTIONS = """
+SELECT row_id, state, status FROM rows JOIN download USING (row_id)
+WHERE state <> 'removed' AND state <> if(status = 'success', 'downloaded', status)
+ORDER BY row_id LIMIT 1
+"""
+
+_ORPHANS = """
+SELECT pair_id, carried_by FROM pairs
+WHERE state = 'merged' AND (
+    carried_by IS NULL OR carried_by NOT IN (SELECT sample_id FROM pairs WHERE state = 'kept'))
+ORDER BY pair_id LIMIT 1
+"""
+
+_LEDGER = """
+SELECT 'rows' AS account, source, state, count(*) AS count
+FROM rows JOIN sources USING (row_id) GROUP BY source, state
+UNION ALL
+SELECT 'pairs', source, state, count(*) FROM pairs GROUP BY source, state
+ORDER BY account DESC, source, state
+"""

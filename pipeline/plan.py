@@ -1,0 +1,288 @@
+"""One round, named before any of it is done: every task with its inputs and fingerprint.
+
+A fingerprint chains: it covers the fingerprints of the records a task reads. So the whole plan,
+down to the evaluation, follows from the config and the models that the round starts with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+
+from pipeline.config import RunConfig
+from pipeline.dag import (
+    MADE_HERE,
+    DatasetTask,
+    Published,
+    ShardJob,
+    ShardTask,
+    made_here,
+    plan_shards,
+    shard_tasks,
+)
+from pipeline.ledger import LedgerStage
+from pipeline.store import fingerprint
+from stages.assemble import AssembleStage
+from stages.base import Config, DatasetStage
+from stages.dedup import DedupStage
+from stages.errors import SourceError
+from stages.evaluate import EvaluateStage
+from stages.finetune import CaptionerFinetune, FilterFinetune
+from stages.pretrain import PretrainStage
+from stages.scenes.stage import AuditStage
+from stages.select import SelectStage
+
+
+@dataclass(frozen=True)
+class Model:
+    """A captioner, filter or embedder that a round works with."""
+
+    ref: str
+    """Folder, hub id, or `made_here`."""
+    weights: str
+    """What stands for its content in fingerprints."""
+    outcomes: str | None = None
+    """Record of the evaluation that measured it; None for the embedder."""
+
+
+@dataclass(frozen=True)
+class RoundPlan:
+    """The work of one round."""
+
+    number: int
+    shards: Mapping[str, tuple[str, str]]
+    """Shard → (web or human, name of its source record)."""
+    shard_tasks: tuple[ShardTask, ...]
+    inherited: Mapping[tuple[str, str], str]
+    curation: tuple[DatasetTask, ...]
+    """dedup, select, ledger, assemble: in order, each in a worker of its own."""
+    training: tuple[DatasetTask, ...]
+    """pretrain and both fine-tunings: in one worker group."""
+    measuring: tuple[DatasetTask, ...]
+    """evaluate and, where the truth is known, audit."""
+
+    def jobs(self, published: set[str]) -> list[ShardJob]:
+        """What each shard still needs, given the names of all records."""
+        return plan_shards(self.shard_tasks, self.shards, published, self.inherited)
+
+    @property
+    def tasks(self) -> tuple[DatasetTask, ...]:
+        return (*self.curation, *self.training, *self.measuring)
+
+    def task(self, name: str) -> DatasetTask:
+        return next(task for task in self.tasks if task.name == name)
+
+    def document(self) -> dict[str, object]:
+        """What plan.json holds: for every stage the records that are or will be its output."""
+        records: dict[str, list[str]] = {task.name: [] for task in self.shard_tasks}
+        for job in self.jobs(set()):
+            for stage, record in job.records.items():
+                if stage != "sources":
+                    records[stage].append(record)
+        records.update({task.name: [task.record] for task in self.tasks})
+        return {"round": self.number, "shards": dict(self.shards), "records": records}
+
+
+def plan_round(
+    config: RunConfig,
+    number: int,
+    shards: Mapping[str, tuple[str, str]],
+    models: Mapping[str, Model],
+    world: str | None,
+    inherited: Mapping[tuple[str, str], str],
+) -> RoundPlan:
+    """The plan of round ``number``.
+
+    Args:
+        models: caption, filter and embed; empty for a raw round, which trains the first models on
+            the pairs as they came.
+        world: folder of the sample world, whose truth the round is held against.
+        inherited: see `pipeline.dag.plan_shards`.
+    """
+    raw = not models
+    tasks = shard_tasks(config, number, lambda s: (models[s].ref, models[s].weights), raw)
+    return _Planner(config, number, shards, tasks, inherited, world).plan()
+
+
+class _Planner:
+    def __init__(
+        self,
+        config: RunConfig,
+        number: int,
+        shards: Mapping[str, tuple[str, str]],
+        tasks: Sequence[ShardTask],
+        inherited: Mapping[tuple[str, str], str],
+        world: str | None,
+    ) -> None:
+        self._config, self._number, self._shards = config, number, shards
+        self._tasks, self._inherited, self._world = tasks, inherited, world
+        self._raw = len(tasks) == 1
+        self._records: dict[str, list[str]] = {}
+        for job in plan_shards(tasks, shards, set(), inherited):
+            for stage, record in job.records.items():
+                self._records.setdefault(stage, []).append(record)
+
+    def plan(self) -> RoundPlan:
+        curation = self._curation()
+        training = self._training(curation[-1])
+        return RoundPlan(
+            self._number,
+            self._shards,
+            tuple(self._tasks),
+            self._inherited,
+            curation,
+            training,
+            self._measuring(curation, training),
+        )
+
+    def _curation(self) -> tuple[DatasetTask, ...]:
+        config, names = self._config, sorted(self._shards)
+        tables = {name: self._tables(name) for name in ("sources", "download")}
+        done = []
+        if not self._raw:
+            embeddings = {"download": tables["download"], "embeddings": self._tables("embed")}
+            done.append(self._task(DedupStage(config.dedup), config.dedup, embeddings))
+            tables["captions"] = self._tables("caption")
+            tables["scores"] = self._tables("filter")
+            tables["clusters"] = _output(done[0], "*/clusters.parquet")
+        select = self._task(SelectStage(config.select, names), config.select, tables)
+        pairs = _output(select, "*/pairs.parquet")
+        images = Published(tuple(self._records["download"]), "*.tar")
+        assemble = self._task(
+            AssembleStage(config.assemble, names),
+            config.assemble,
+            {"pairs": pairs, "images": images},
+            folder="dataset",
+        )
+        books = {
+            "sources": tables["sources"],
+            "download": tables["download"],
+            "captions": self._tables("caption"),
+            "rows": _output(select, "*/rows.parquet"),
+            "pairs": pairs,
+            "index": _output(assemble, "*/index.parquet"),
+        }
+        ledger = self._task(LedgerStage(), None, books)
+        return (*done, select, ledger, assemble)
+
+    def _training(self, assemble: DatasetTask) -> tuple[DatasetTask, ...]:
+        config = self._config
+        tokenizer = config.pretrain.tokenizer
+        pretrain = self._task(
+            PretrainStage(config.pretrain),
+            config.pretrain,
+            {"train": _output(assemble, "*.tar"), "tokenizer": tokenizer},
+            folder="models",
+        )
+        med = made_here(pretrain.record, "med")
+        human = _output(assemble, "*/human-*.tar")
+        finetune = config.finetune
+        inputs = {"med": med, "train": human}
+        return (
+            pretrain,
+            self._task(
+                CaptionerFinetune(finetune.captioner), finetune.captioner, inputs, folder="models"
+            ),
+            self._task(FilterFinetune(finetune.filter), finetune.filter, inputs, folder="models"),
+        )
+
+    def _measuring(
+        self, curation: Sequence[DatasetTask], training: Sequence[DatasetTask]
+    ) -> tuple[DatasetTask, ...]:
+        config = self._config
+        pretrain, captioner, filter_ = training
+        inputs: dict[str, Published | str] = {
+            "med": made_here(pretrain.record, "med"),
+            "captioner": made_here(captioner.record, "captioner"),
+            "filter": made_here(filter_.record, "filter"),
+            **probes(config),
+        }
+        tasks = [self._task(EvaluateStage(config.evaluate), config.evaluate, inputs)]
+        if self._world is not None:
+            select = next(t for t in curation if t.name == "select")
+            truth: dict[str, Published | str] = {
+                "world": self._world,
+                "pairs": _output(select, "*/pairs.parquet"),
+                "download": self._tables("download"),
+            }
+            if not self._raw:
+                truth["clusters"] = _output(curation[0], "*/clusters.parquet")
+            tasks.append(self._task(AuditStage(config.select.threshold), None, truth))
+        return tuple(tasks)
+
+    def _tables(self, stage: str) -> Published:
+        return Published(tuple(self._records.get(stage, ())), "*.parquet")
+
+    def _task(
+        self,
+        stage: DatasetStage,
+        config: Config | None,
+        inputs: Mapping[str, Published | str],
+        folder: str | None = None,
+    ) -> DatasetTask:
+        return dataset_task(stage, config, self._number, inputs, folder)
+
+
+def dataset_task(
+    stage: DatasetStage,
+    config: Config | None,
+    round_: int,
+    inputs: Mapping[str, Published | str],
+    folder: str | None = None,
+) -> DatasetTask:
+    """A task with its fingerprint, whose payloads go to ``folder`` of the round."""
+    prints = [f"{name}={part}" for name in sorted(inputs) for part in _prints(inputs[name])]
+    return DatasetTask(
+        stage,
+        round_,
+        fingerprint(stage.name, stage.version, config, *prints),
+        f"round={round_:02d}/{folder or f'stage={stage.name}'}",
+        inputs,
+    )
+
+
+def probes(config: RunConfig) -> dict[str, Published | str]:
+    """The probe folders that are given, by split."""
+    return {k: v for k, v in (("dev", config.dev), ("test", config.test)) if v is not None}
+
+
+def _output(task: DatasetTask, pattern: str) -> Published:
+    return Published((task.record,), pattern)
+
+
+def _prints(source: Published | str) -> list[str]:
+    """What stands for the content of an input."""
+    if isinstance(source, Published):
+        return [print_of(record) for record in source.records]
+    return [content_of(source)]
+
+
+def print_of(record: str) -> str:
+    """The fingerprint in a record's name."""
+    return record.rpartition("-")[2].removesuffix(".json")
+
+
+def content_of(folder: str) -> str:
+    """Hash of a folder's files, names and contents; a hub id stands for itself.
+
+    Raises:
+        SourceError: it looks like a path and is not there.
+    """
+    if folder.startswith(MADE_HERE):
+        record, _, part = folder.removeprefix(MADE_HERE).partition("#")
+        return f"{print_of(record)}#{part}"
+    fs, root = fsspec.core.url_to_fs(folder)
+    files = sorted(fs.find(root))
+    if not files:
+        if folder.count("/") <= 1 and not folder.startswith((".", "/")):
+            return folder
+        raise SourceError(f"{folder}: no such folder, or nothing in it")
+    state = hashlib.sha256()
+    for file in files:
+        state.update(Path(file).relative_to(root).as_posix().encode() + b"\0")
+        state.update(hashlib.sha256(fs.cat_file(file)).digest())
+    return state.hexdigest()[:16]

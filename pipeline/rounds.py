@@ -1,0 +1,245 @@
+"""The loop: ingest, then round after round of curation, training and the gate.
+
+`run` is the whole program behind ``capfilt run``. Everything it does is published by records, so
+running it again after any kind of end goes on where records stop.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from pipeline.config import RunConfig, substitute
+from pipeline.dag import made_here
+from pipeline.engine.board import watched
+from pipeline.engine.cluster import connected
+from pipeline.engine.data import run_shards
+from pipeline.engine.dataset import publish_folder, run_dataset
+from pipeline.engine.shard import code_version
+from pipeline.engine.train import run_training
+from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round, print_of, probes
+from pipeline.progress import Screen
+from pipeline.store import Record, Store, record_name
+from stages.errors import StoreError
+from stages.evaluate import EvaluateStage
+from stages.gate import decide
+from stages.ingest import IngestStage, list_files
+from stages.scenes.server import WorldServer
+from stages.scenes.world import build_world
+
+_VERSIONS = ("ray", "torch", "transformers", "img2dataset", "pyarrow")
+
+
+def run(config: RunConfig, screen: Screen, dry_run: bool = False) -> None:
+    """Bring the run folder to the state that ``config`` asks for.
+
+    Raises:
+        UserError: something in the config, a source or a model cannot be used.
+        RunError: the run cannot go on; what is published stays.
+    """
+    store = Store(config.run)
+    store.ensure()
+    with _sample_world(config, store) as (config, world):
+        loop = _Loop(config, store, screen, world)
+        if dry_run:
+            loop.preview()
+            return
+        loop.describe()
+        with connected(config.engine, _log_file(store)) as board:
+            loop.go(board)
+
+
+def _log_file(store: Store) -> Path:
+    """Where Ray's own log lines go: the run folder, or this machine for a remote one."""
+    return Path(store.path("logs/ray.log")) if store.is_local else store.cache / "ray.log"
+
+
+@contextmanager
+def _sample_world(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, str | None]]:
+    """The config with the sample world served and filled in, and the world's folder."""
+    if config.world is None:
+        yield config, None
+        return
+    folder = Path(store.path("world")) if store.is_local else store.cache / "world"
+    if not (folder / "truth.parquet").exists():
+        build_world(config.world, folder)
+    with WorldServer(folder) as server:
+        config = substitute(config, folder)
+        download = config.download.model_copy(update={"connect_to": server.connect_to})
+        yield config.model_copy(update={"download": download}), str(folder)
+
+
+class _Loop:
+    """The rounds of one run, with what every one of them needs at hand."""
+
+    def __init__(self, config: RunConfig, store: Store, screen: Screen, world: str | None) -> None:
+        self._config, self._store = config, store
+        self._screen, self._world = screen, world
+        self._board: Any = None
+
+    def describe(self) -> None:
+        """Write run.json: the resolved config and the versions at work."""
+        versions = {name: version(name) for name in _VERSIONS}
+        document = {
+            "config": json.loads(self._config.model_dump_json()),
+            "versions": {"capfilt": code_version(), **versions},
+            "created": time.time(),
+        }
+        self._store.write_json("run.json", document)
+
+    def preview(self) -> None:
+        """Say what a run would do, and do nothing."""
+        known = self._known_shards()
+        found = len(self._new_files(known))
+        self._screen.note(f"{len(known)} shards are cut; {found} source files are new")
+        published = self._store.record_names()
+        for number in range(self._config.rounds.count + 1):
+            plan = self._store.read_json(f"round={number:02d}/plan.json")
+            if plan is None:
+                self._screen.note(f"round {number}: not begun")
+                continue
+            names = [name for records in plan["records"].values() for name in records]
+            done = sum(name in published for name in names)
+            self._screen.note(f"round {number}: {done} of {len(names)} records are published")
+
+    def go(self, board: Any) -> None:
+        """All rounds, each resumed or skipped as its records say."""
+        self._board = board
+        first = self._config.first_round
+        models = self._released() if first == 1 else {}
+        inherited: dict[tuple[str, str], str] = {}
+        for number in range(first, self._config.rounds.count + 1):
+            self._screen.begin_round(number, "raw pairs" if not models else "bootstrapping")
+            plan = self._plan(number, models, inherited)
+            self._round(plan)
+            models = self._gate(plan, models)
+            if self._config.rounds.relabel == "new":
+                inherited = _labelled(plan)
+
+    def _plan(
+        self, number: int, models: Mapping[str, Model], inherited: Mapping[tuple[str, str], str]
+    ) -> RoundPlan:
+        """The round's plan. Its shards are fixed when it begins: files that arrive later wait
+        for the next round, so that a resumed round is the round that was begun."""
+        path = f"round={number:02d}/plan.json"
+        begun = self._store.read_json(path)
+        if begun is None:
+            shards = ingest(self._config, self._store, self._screen)
+        else:
+            shards = {name: (kind, record) for name, (kind, record) in begun["shards"].items()}
+        plan = plan_round(self._config, number, shards, models, self._world, inherited)
+        self._store.write_json(path, plan.document())
+        return plan
+
+    def _round(self, plan: RoundPlan) -> None:
+        """Do all of the round that is not yet published."""
+        self._board.reset.remote()
+        with watched(self._board, self._screen.update):
+            self._label(plan)
+            for task in plan.curation:
+                self._dataset(task)
+            self._train(plan)
+            for task in plan.measuring:
+                self._dataset(task)
+
+    def _label(self, plan: RoundPlan) -> None:
+        """The shard stages: download, and in a bootstrapping round caption, filter, embed."""
+        self._link(plan)
+        jobs = plan.jobs(self._store.record_names())
+        for task in plan.shard_tasks:
+            todo = sum(task.name in job.todo for job in jobs)
+            mine = sum(task.name in job.records for job in jobs)
+            self._screen.begin(task.name, total=mine, done=mine - todo)
+        run_shards(
+            self._store,
+            plan.shard_tasks,
+            lambda: plan.jobs(self._store.record_names()),
+            self._board,
+        )
+        for task in plan.shard_tasks:
+            self._screen.end(task.name)
+
+    def _link(self, plan: RoundPlan) -> None:
+        """Publish under this round what an earlier round made by the very same work."""
+        published = self._store.record_names()
+        earlier = {_without_round(name): name for name in sorted(published)}
+        for job in plan.jobs(published):
+            for stage in job.todo:
+                name = job.records[stage]
+                same = earlier.get(_without_round(name))
+                if same is not None and same not in {name}:
+                    record = self._store.read_record(same)
+                    self._store.publish(record.model_copy(update={"round": plan.number}))
+
+    # ---- models ------------------------------------------------------------------------------
+
+    def _released(self) -> dict[str, Model]:
+        """The models that the config gives, measured on the probes as the gate's first holder."""
+        config = self._config
+        named = {"caption": config.caption.model, "filter": config.filter.model}
+        refs = {stage: str(ref) for stage, ref in named.items()}
+        inputs: dict[str, Published | str] = {
+            "captioner": refs["caption"],
+            "filter": refs["filter"],
+            **probes(config),
+        }
+        task = dataset_task(EvaluateStage(config.evaluate), config.evaluate, 0, inputs)
+        self._screen.begin_round(0, "released models")
+        self._dataset(task)
+        plan = {"round": 0, "shards": {}, "records": {task.name: [task.record]}}
+        self._store.write_json("round=00/plan.json", plan)
+        models = {s: Model(ref, content_of(ref), task.record) for s, ref in refs.items()}
+        embedder = str(config.embed.model)
+        return {**models, "embed": Model(embedder, content_of(embedder))}
+
+    def _gate(self, plan: RoundPlan, holders: Mapping[str, Model]) -> dict[str, Model]:
+        """The models of the next round: the new ones, or those that hold their place."""
+        evaluate = plan.task("evaluate").record
+        trained = {
+            "caption": _trained(plan, "finetune_captioner", "captioner"),
+            "filter": _trained(plan, "finetune_filter", "filter"),
+        }
+        decisions = {
+            stage: self._decide(stage, new, holders.get(stage)) for stage, new in trained.items()
+        }
+        publish_gate(self._store, self._config, plan, decisions)
+        models = {
+            stage: trained[stage] if decision.promoted else holders[stage]
+            for stage, decision in decisions.items()
+        }
+        embedder = holders.get("embed") or self._embedder(plan)
+        return {**models, "embed": embedder}
+
+    def _dataset(self, task: DatasetTask) -> None:
+        done = self._store.exists(task.record)
+        self._screen.begin(task.name, total=1, done=int(done))
+        run_dataset(self._store, task, self._board)
+        self._screen.end(task.name)
+
+    def _train(self, plan: RoundPlan) -> None:
+        for task in plan.training:
+            self._screen.begin(task.name, total=1, done=int(self._store.exists(task.record)))
+        run_training(self._store, plan.training, self._config.engine, self._board)
+        for task in plan.training:
+            self._screen.end(task.name)
+
+
+def _trained(plan: RoundPlan, task: str, folder: str) -> Model:
+    """A model that the round trained, with the evaluation that measured it."""
+    record = plan.task(task).record
+    return Model(made_here(record, folder), print_of(record), plan.task("evaluate").record)
+
+
+def _without_round(record: str) -> str:
+    """A record's name but for the round it belongs to."""
+    return "/".join(part for part in record.split("/") if not part.startswith("round="))

@@ -1,0 +1,99 @@
+"""Cutting source files into URL shards, each file once and for good.
+
+One ``ingest`` record a source file publishes all of its shards at once; each shard then gets a
+``sources`` record of its own, derived from it, that the shard stages read.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from pipeline.engine.shard import code_version
+from pipeline.store import Payload, Record, Store, fingerprint
+from stages.base import LocalContext
+from stages.errors import SourceError
+from stages.ingest import IngestStage
+from stages.readers import SourceFile, list_files
+
+Shards = dict[str, tuple[str, str]]
+"""Shard → (web or human, name of its source record)."""
+
+
+def ingest(config: RunConfig, store: Store) -> Shards:
+    """Cut what is new; returns every shard of the run.
+
+    Raises:
+        SourceError: a source is missing, empty, or lacks a column. Nothing of it is published.
+    """
+    names = store.record_names()
+    records = store.read_records(name for name in names if "/stage=ingest/" in name)
+    for file in new_files(config, records):
+        earlier = [payload for record in records for payload in record.payloads]
+        records.append(_cut(config, store, file, earlier))
+    return {shard: found for record in records for shard, found in _shards(store, record, names)}
+
+
+def new_files(config: RunConfig, records: Sequence[Record]) -> list[SourceFile]:
+    """Source files that no ingest record covers, in the order of the config."""
+    done = {record.fingerprint for record in records}
+    files = [f for source in (*config.sources, *config.human) for f in list_files(source)]
+    return [file for file in files if _fingerprint(file) not in done]
+
+
+def _fingerprint(file: SourceFile) -> str:
+    return fingerprint("ingest", IngestStage.version, file.source, file.identity)
+
+
+def _cut(
+    config: RunConfig, store: Store, file: SourceFile, earlier: Sequence[Payload]
+) -> Record:
+    """Cut one file and publish it. ``earlier`` are the shards so far; numbers go on from them."""
+    started = time.time()
+    seen = [store.local_copy(payload.path) for payload in earlier]
+    stage = IngestStage(config.ingest, [file], first_shard=len(earlier))
+    with tempfile.TemporaryDirectory() as scratch:
+        stage.run({"seen": seen}, Path(scratch), LocalContext())
+        cut = sorted(Path(scratch).glob("shard=*.parquet"))
+        if not cut:
+            raise SourceError(f"{file.path}: holds no rows; remove it from the sources")
+        payloads = tuple(
+            store.put_unique(f"sources/{shard.stem}", ".parquet", shard) for shard in cut
+        )
+    record = Record(
+        stage="ingest",
+        stage_version=IngestStage.version,
+        round=None,
+        shard="file",
+        fingerprint=_fingerprint(file),
+        payloads=payloads,
+        counts={"rows": sum(payload.rows or 0 for payload in payloads)},
+        details={"file": file.path, "kind": file.kind},
+        code_version=code_version(),
+        started=started,
+        finished=time.time(),
+    )
+    return record if store.publish(record) else store.read_record(record.name)
+
+
+def _shards(store: Store, record: Record, published: set[str]) -> list[tuple[str, tuple[str, str]]]:
+    """The shards of one ingested file; those without a record of their own get it now."""
+    found = []
+    for payload in record.payloads:
+        shard = payload.path.partition("shard=")[2][:6]
+        source = record.model_copy(
+            update={
+                "stage": "sources",
+                "shard": shard,
+                "fingerprint": payload.sha256[:16],
+                "payloads": (payload,),
+                "counts": {"rows": payload.rows or 0},
+            }
+        )
+        if source.name not in published:
+            store.publish(source)
+        found.append((shard, (record.details["kind"], source.name)))
+    return found

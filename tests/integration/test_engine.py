@@ -1,0 +1,221 @@
+"""The engine on a real local Ray: streaming, crashes, resumption, placement."""
+
+import os
+import time
+
+import pyarrow as pa
+import pytest
+
+from pipeline.config import EngineConfig
+from pipeline.dag import ShardTask, plan_shards
+from pipeline.engine.cluster import connected
+from pipeline.engine.data import run_shards
+from pipeline.engine.shard import load
+from pipeline.store import Record, Store
+from stages.base import Config, Resources, ShardStage
+from stages.errors import CheckpointError
+from stages.schemas import CAPTIONS, DOWNLOAD, EMBEDDINGS, IMAGES, SOURCES
+
+PNG = b"\x89PNG not decoded here"
+
+
+class Fake(Config):
+    """What the stand-in stages are told."""
+
+    cpus: float = 1.0
+    marks: str = ""
+
+
+class FakeDownload(ShardStage):
+    name, version = "download", 1
+    input_schema, output_schema = SOURCES, DOWNLOAD
+
+    def __init__(self, config: Fake) -> None:
+        self.config = config
+
+    @property
+    def resources(self) -> Resources:
+        return Resources(cpus=self.config.cpus)
+
+    def process(self, table: pa.Table) -> pa.Table:
+        return self.failed(table, "success", "")
+
+    def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
+        rows = table.num_rows
+        image = PNG if status == "success" else None
+        filled = {"status": status, "detail": detail, "image": image, "sha256": "00", "phash": "00"}
+        columns = {
+            field.name: table[field.name]
+            if field.name in table.column_names
+            else pa.array([filled.get(field.name)] * rows, field.type)
+            for field in DOWNLOAD
+        }
+        return pa.table(columns, schema=DOWNLOAD)
+
+
+class FakeCaption(FakeDownload):
+    """Dies, fails or succeeds as the sample's id says; leaves a mark for every call."""
+
+    name = "caption"
+    input_schema, output_schema = IMAGES, CAPTIONS
+
+    def process(self, table: pa.Table) -> pa.Table:
+        if self.config.marks:
+            mark = f"{self.config.marks}/{table['sample_id'][0].as_py()}-{time.time_ns()}"
+            os.close(os.open(mark, os.O_CREAT))
+        for sample in table["sample_id"].to_pylist():
+            if "deadly" in sample:
+                os._exit(7)
+            if "broken" in sample:
+                raise ValueError(f"cannot caption {sample}")
+        return self.failed(table, "success", "")
+
+    def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
+        rows = table.num_rows
+        return pa.table(
+            {
+                "sample_id": table["sample_id"],
+                "caption_index": [0] * rows,
+                "text": ["a caption"] * rows,
+                "status": [status] * rows,
+                "detail": [detail] * rows,
+                "model": [""] * rows,
+            },
+            schema=CAPTIONS,
+        )
+
+
+class FakeEmbed(FakeDownload):
+    name = "embed"
+    input_schema, output_schema = IMAGES, EMBEDDINGS
+
+    def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
+        rows = table.num_rows
+        return pa.table(
+            {
+                "sample_id": table["sample_id"],
+                "embedding": [[1.0, 0.0]] * rows,
+                "status": [status] * rows,
+                "detail": [detail] * rows,
+                "model": [""] * rows,
+            },
+            schema=EMBEDDINGS,
+        )
+
+
+class NoWeights(FakeCaption):
+    def setup(self) -> None:
+        raise CheckpointError("weights/: not a BLIP captioner")
+
+
+class FakeTask(ShardTask):
+    """A task that builds stand-ins: the engine asks nothing but `build` and `fingerprint`."""
+
+    def build(self, model: str | None) -> ShardStage:
+        stages = {"download": FakeDownload, "caption": FakeCaption, "embed": FakeEmbed}
+        return (NoWeights if self.weights == "none" else stages[self.name])(self.config)
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    with connected(EngineConfig(cpus=2), tmp_path_factory.mktemp("log") / "ray.log") as board:
+        yield board
+
+
+def make_shards(store: Store, samples: list[list[str]]) -> dict[str, tuple[str, str]]:
+    """Publish one source shard for each list of sample ids."""
+    shards = {}
+    for number, names in enumerate(samples):
+        shard = f"{number:06d}"
+        table = pa.table(
+            {
+                "row_id": names,
+                "sample_id": names,
+                "source": ["web"] * len(names),
+                "url": [f"http://x/{name}" for name in names],
+                "media": [None] * len(names),
+                "text": ["a text"] * len(names),
+                "repeat_of": [None] * len(names),
+            },
+            schema=SOURCES,
+        )
+        payload = store.put_table(f"sources/shard={shard}", table)
+        record = Record(
+            stage="sources",
+            stage_version=1,
+            round=None,
+            shard=shard,
+            fingerprint=payload.sha256[:16],
+            payloads=(payload,),
+            code_version="0",
+            started=0,
+            finished=0,
+        )
+        store.publish(record)
+        shards[shard] = ("web", record.name)
+    return shards
+
+
+def run(store, shards, board, tasks):
+    def plan():
+        return plan_shards(tasks, shards, store.record_names(), {})
+
+    run_shards(store, tasks, plan, board)
+    return {job.shard: job.records for job in plan_shards(tasks, shards, set(), {})}
+
+
+def statuses(store, records, shard="000000", stage="caption"):
+    table = load(records[shard][stage], store)
+    return dict(zip(table["sample_id"].to_pylist(), table["status"].to_pylist(), strict=True))
+
+
+def test_more_operators_than_cpus_do_not_hang(tmp_path, board):
+    store = Store(str(tmp_path))
+    shards = make_shards(store, [[f"s{n}-{i}" for i in range(3)] for n in range(4)])
+    tasks = [FakeTask(name, 1, Fake(cpus=1)) for name in ("download", "caption", "embed")]
+    records = run(store, shards, board, tasks)
+    published = store.record_names()
+    assert all(name in published for shard in records.values() for name in shard.values())
+    assert load(records["000003"]["download"], store)["image"].to_pylist() == [PNG] * 3
+
+
+def test_a_deadly_and_a_broken_row_are_quarantined_and_the_run_goes_on(tmp_path, board):
+    store = Store(str(tmp_path))
+    samples = [["a", "deadly", "b", "c"], ["d", "e"], ["f", "broken"]]
+    shards = make_shards(store, samples)
+    tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake())]
+    records = run(store, shards, board, tasks)
+    assert statuses(store, records) == {
+        "a": "success",
+        "deadly": "quarantined",
+        "b": "success",
+        "c": "success",
+    }
+    assert statuses(store, records, "000001") == {"d": "success", "e": "success"}
+    assert statuses(store, records, "000002") == {"f": "success", "broken": "quarantined"}
+    detail = load(records["000002"]["caption"], store)["detail"].to_pylist()[1]
+    assert "cannot caption broken" in detail
+
+
+def test_only_what_has_no_record_is_done_again(tmp_path, board):
+    store = Store(str(tmp_path / "run"))
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    shards = make_shards(store, [["a"], ["b"], ["c"]])
+    tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake(marks=str(marks)))]
+    records = run(store, shards, board, tasks)
+    assert len(list(marks.iterdir())) == 3
+    run(store, shards, board, tasks)
+    assert len(list(marks.iterdir())) == 3
+    store.remove(records["000001"]["caption"])
+    run(store, shards, board, tasks)
+    again = sorted(mark.name.partition("-")[0] for mark in marks.iterdir())
+    assert again == ["a", "b", "b", "c"]
+
+
+def test_an_error_of_the_user_stops_the_run_as_itself(tmp_path, board):
+    store = Store(str(tmp_path))
+    shards = make_shards(store, [["a"]])
+    tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake(), weights="none")]
+    with pytest.raises(CheckpointError, match="not a BLIP captioner"):
+        run(store, shards, board, tasks)
