@@ -1,4 +1,4 @@
-"""A transformers model folder, or a hub id: what it says it is, and its tensors, never unpickled."""
+"""A transformers model folder or hub id: what it says it is, and its tensors, never unpickled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from stages.errors import CheckpointError
 from stages.models.blocks import TextConfig, VisionConfig
 from stages.models.images import Preprocessing
+from stages.models.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -138,9 +142,7 @@ class ModelFolder:
         problems = {
             "no tensor": [n for n in wanted if n not in shapes],
             "unexpected tensor": [n for n in shapes if n not in wanted],
-            "misshapen tensor": [
-                n for n in wanted if n in shapes and shapes[n] != wanted[n].shape
-            ],
+            "misshapen tensor": [n for n in wanted if n in shapes and shapes[n] != wanted[n].shape],
         }
         for problem, names in problems.items():
             if names:
@@ -163,7 +165,8 @@ class ModelFolder:
 
         try:
             config = BlipConfig.from_pretrained(self.path)
-            vision, text = config.vision_config, config.text_config
+            vision: Any = config.vision_config
+            text: Any = config.text_config
             for part in (vision, text):
                 if part.hidden_act != "gelu":
                     raise ValueError(f"hidden_act '{part.hidden_act}', only 'gelu' is known")
@@ -174,6 +177,16 @@ class ModelFolder:
             raise CheckpointError(f"{self.source}: config.json: {where}: {first['msg']}") from error
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{self.source}: config.json: {one_line(error)}") from error
+
+    def tokenizer(self) -> BertTokenizer:
+        """The tokenizer of a BLIP folder; refused where it is not the model's own."""
+        tokenizer, expected = load_tokenizer(self.path), self.blip()[1].vocab_size
+        if len(tokenizer) != expected:
+            raise CheckpointError(
+                f"{self.source}: the tokenizer has {len(tokenizer)} tokens, config.json says "
+                f"{expected}; need the tokenizer that the model was trained with"
+            )
+        return tokenizer
 
     def preprocessing(self, size: int, *, crop: bool) -> Preprocessing:
         """The folder's image processor settings, for a model that takes ``size`` pixels.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -86,71 +87,151 @@ def draw(probabilities: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
     return tokens.gather(1, torch.minimum(index, last))[:, 0]
 
 
-class Beams:
-    """Beam search over a batch of images, step for step transformers' ``_beam_search``.
+@dataclass(frozen=True)
+class Rules:
+    """What every method obeys. Lengths count the prompt."""
 
-    Length penalty 1, ``early_stopping=False``. An image may be dropped as soon as `open` is False
-    for it: from then on transformers would change nothing of its result.
-    """
+    min_tokens: int
+    max_tokens: int
+    penalty: float
+    eos: int
+    pad: int
+
+    def apply(self, scores: Tensor, ids: Tensor) -> Tensor:
+        """Scores (N, V) float32 of the token that follows ``ids`` (N, L), filtered."""
+        scores = penalise_repeats(scores, ids, self.penalty)
+        return forbid(scores, self.eos) if ids.shape[1] < self.min_tokens else scores
+
+
+class Samples:
+    """Captions that grow each for itself: nucleus sampling, or the best token where greedy."""
 
     def __init__(
-        self, images: int, beams: int, prompt: Tensor, *, max_tokens: int, eos: int, pad: int
+        self,
+        prompt: Tensor,
+        noise: Tensor,
+        rules: Rules,
+        *,
+        nucleus: tuple[int, float] | None,
     ) -> None:
-        """``prompt`` (P,) int64, on the device of the search. Counts include the prompt."""
-        device = prompt.device
-        self.beams, self.eos, self.max_tokens = beams, eos, max_tokens
-        self.prompt_length = self.length = len(prompt)
-        self.ids = torch.full((images, beams, max_tokens), pad, device=device)
+        """``prompt`` (P,) int64; ``noise`` (images, captions, ``max_tokens``) float64 in [0, 1),
+        on the same device; ``nucleus``: top_k and top_p, None = greedy."""
+        self.rules, self.noise, self.nucleus = rules, noise, nucleus
+        self.length = len(prompt)
+        self.ids = prompt.new_full((*noise.shape[:2], rules.max_tokens), rules.pad)
         self.ids[..., : self.length] = prompt
-        self.scores = torch.zeros(images, beams, device=device)
-        self.scores[:, 1:] = _NEVER  # all beams start equal: only the first may branch
-        self.best_ids = self.ids.clone()
-        self.best_scores = torch.full((images, beams), _NEVER, device=device)
-        self.finished = torch.zeros(images, beams, dtype=torch.bool, device=device)
-        self.open = torch.ones(images, dtype=torch.bool, device=device)
+        self._ended = torch.zeros(noise.shape[:2], dtype=torch.bool, device=prompt.device)
+
+    @property
+    def going(self) -> Tensor:
+        """(images,) bool: which images have captions that are not finished."""
+        return ~self._ended.all(dim=1) & (self.length < self.rules.max_tokens)
+
+    @property
+    def last(self) -> Tensor:
+        """(images x captions,) the tokens that were chosen last."""
+        return self.ids[:, :, self.length - 1].flatten()
+
+    def results(self) -> Tensor:
+        """(images, captions, ``max_tokens``) int64."""
+        return self.ids
 
     def keep(self, order: Tensor) -> None:
         """Go on with images ``order`` (M,) int64 alone, in that order."""
-        for name in ("ids", "scores", "best_ids", "best_scores", "finished", "open"):
+        self.ids, self.noise, self._ended = self.ids[order], self.noise[order], self._ended[order]
+
+    def step(self, logits: Tensor) -> None:
+        """Extend every caption by one token; ``logits`` (images x captions, V) float32."""
+        scores = self.rules.apply(logits, self.ids[..., : self.length].flatten(0, 1))
+        if self.nucleus is None:
+            chosen = scores.argmax(dim=-1)
+        else:
+            chosen = draw(*nucleus(scores, *self.nucleus), self.noise[..., self.length].flatten())
+        chosen = chosen.view_as(self._ended).masked_fill(self._ended, self.rules.pad)
+        self.ids[:, :, self.length] = chosen
+        self._ended = self._ended | (chosen == self.rules.eos)
+        self.length += 1
+
+
+class Beams:
+    """Beam search over a batch of images, step for step transformers' ``_beam_search``.
+
+    Length penalty 1, ``early_stopping=False``. An image may leave as soon as it is not `going`:
+    from then on transformers would change nothing of its result.
+    """
+
+    def __init__(self, prompt: Tensor, images: int, beams: int, rules: Rules) -> None:
+        """``prompt`` (P,) int64, on the device of the search."""
+        device = prompt.device
+        self.rules = rules
+        self.prompt_length = self.length = len(prompt)
+        self.ids = prompt.new_full((images, beams, rules.max_tokens), rules.pad)
+        self.ids[..., : self.length] = prompt
+        self._scores = torch.zeros(images, beams, device=device)
+        self._scores[:, 1:] = _NEVER  # all beams start equal: only the first may branch
+        self._best_ids = self.ids.clone()
+        self._best_scores = torch.full((images, beams), _NEVER, device=device)
+        self._finished = torch.zeros(images, beams, dtype=torch.bool, device=device)
+        self._open = torch.ones(images, dtype=torch.bool, device=device)
+
+    @property
+    def going(self) -> Tensor:
+        """(images,) bool: for which images a better caption is possible."""
+        return self._open & (self.length < self.rules.max_tokens)
+
+    @property
+    def last(self) -> Tensor:
+        """(images x beams,) the last token of each running beam."""
+        return self.ids[:, :, self.length - 1].flatten()
+
+    def results(self) -> Tensor:
+        """(images, beams, ``max_tokens``) int64, the best caption first."""
+        return self._best_ids
+
+    def keep(self, order: Tensor) -> None:
+        """Go on with images ``order`` (M,) int64 alone, in that order."""
+        for name in ("ids", "_scores", "_best_ids", "_best_scores", "_finished", "_open"):
             setattr(self, name, getattr(self, name)[order])
 
-    def step(self, log_probs: Tensor) -> Tensor:
-        """Extend every beam by one token.
+    def step(self, logits: Tensor) -> Tensor:
+        """Extend every beam by one token; ``logits`` (images x beams, V) float32.
 
-        ``log_probs`` (images x beams, V): filtered log-probabilities of the next token. Returns
-        (images x beams,) int64: the row whose decoder state each new beam continues.
+        Returns (images x beams,) int64: the row whose decoder state each new beam continues.
         """
-        images, beams = self.scores.shape
-        vocabulary = log_probs.shape[-1]
-        total = log_probs.view(images, beams, -1) + self.scores[:, :, None]
+        images, beams = self._scores.shape
+        size = logits.shape[-1]
+        ids = self.ids[..., : self.length].flatten(0, 1)
+        log_probs = self.rules.apply(logits.log_softmax(dim=-1), ids)
+        total = log_probs.view(images, beams, -1) + self._scores[:, :, None]
         scores, index = total.flatten(1).topk(2 * beams, dim=-1)
-        source, tokens = index // vocabulary, index % vocabulary
-        ids = _take(self.ids, source)
-        ids[:, :, self.length] = tokens
-        ended = (tokens == self.eos) | (self.length + 1 >= self.max_tokens)
-        self._finish(ids, scores, ended)
+        source, tokens = index // size, index % size
+        extended = _take(self.ids, source)
+        extended[:, :, self.length] = tokens
+        ended = (tokens == self.rules.eos) | (self.length + 1 >= self.rules.max_tokens)
+        self._finish(extended, scores, ended)
         running = scores + ended.float() * _NEVER
         chosen = running.topk(beams, dim=-1)[1]
-        self.ids, self.scores = _take(ids, chosen), running.gather(1, chosen)
+        self.ids, self._scores = _take(extended, chosen), running.gather(1, chosen)
         self.length += 1
         self._close()
         offset = torch.arange(images, device=source.device)[:, None] * beams
         return (source.gather(1, chosen) + offset).flatten()
 
     def _finish(self, ids: Tensor, scores: Tensor, ended: Tensor) -> None:
-        ended = ended & (torch.arange(ended.shape[1], device=ended.device) < self.beams)
+        beams = self._scores.shape[1]
+        ended = ended & (torch.arange(ended.shape[1], device=ended.device) < beams)
         scores = scores / (self.length + 1 - self.prompt_length)
-        scores = scores + (~self.open[:, None]).float() * _NEVER + (~ended).float() * _NEVER
-        merged = torch.cat([self.best_scores, scores], dim=1)
-        self.best_scores, index = merged.topk(self.beams, dim=-1)
-        self.best_ids = _take(torch.cat([self.best_ids, ids], dim=1), index)
-        self.finished = torch.cat([self.finished, ended], dim=1).gather(1, index)
+        scores = scores + (~self._open[:, None]).float() * _NEVER + (~ended).float() * _NEVER
+        merged = torch.cat([self._best_scores, scores], dim=1)
+        self._best_scores, index = merged.topk(beams, dim=-1)
+        self._best_ids = _take(torch.cat([self._best_ids, ids], dim=1), index)
+        self._finished = torch.cat([self._finished, ended], dim=1).gather(1, index)
 
     def _close(self) -> None:
-        possible = self.scores[:, :1] / (self.length - self.prompt_length)
-        worst = self.best_scores.amin(dim=1, keepdim=True)
-        worst = torch.where(self.finished, worst, _NEVER)
-        self.open = self.open & (possible > worst).any(dim=1)
+        possible = self._scores[:, :1] / (self.length - self.prompt_length)
+        worst = self._best_scores.amin(dim=1, keepdim=True)
+        worst = torch.where(self._finished, worst, _NEVER)
+        self._open = self._open & (possible > worst).any(dim=1)
 
 
 def _take(rows: Tensor, index: Tensor) -> Tensor:

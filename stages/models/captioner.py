@@ -1,0 +1,267 @@
+"""BLIP's captioner: n texts for each image, by nucleus sampling, beam search or greedily.
+
+    from PIL import Image
+    from stages.models.captioner import Captioner
+
+    captioner = Captioner("Salesforce/blip-image-captioning-base")
+    print(captioner([Image.open("cat.jpg")]))
+
+Opens unchanged transformers folders. An image is encoded once, and its cross-attention keys and
+values are computed once, for all of its captions and all decoding steps; self-attention keys and
+values are cached; an image whose captions are finished leaves the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from PIL import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from stages.base import Config
+from stages.errors import ConfigError
+from stages.models.blocks import KeyValue, LMHead, TextConfig, TextStack, VisionTransformer
+from stages.models.folders import ModelFolder
+from stages.models.sampling import Beams, Rules, Samples, uniforms
+from stages.models.text import fitted_to
+
+
+class GenerationConfig(Config):
+    """How captions are decoded; the defaults are CapFilt's (models/blip.py, ``generate``).
+
+    ``min_tokens`` and ``max_tokens`` count the prompt and its [DEC], as the original does.
+    ``top_k`` 0 is no limit. ``repetition_penalty`` None is the original's: 1.1 for nucleus
+    sampling, none otherwise.
+    """
+
+    method: Literal["nucleus", "beam", "greedy"] = "nucleus"
+    prompt: str = "a picture of "
+    captions_per_image: int = Field(1, ge=1)
+    min_tokens: int = Field(5, ge=1)
+    max_tokens: int = Field(20, ge=2)
+    top_p: float = Field(0.9, gt=0, le=1)
+    top_k: int = Field(50, ge=0)
+    repetition_penalty: float | None = Field(None, gt=0)
+    num_beams: int = Field(3, ge=1)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _fields_fit(self) -> GenerationConfig:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        most = {"nucleus": self.captions_per_image, "beam": self.num_beams, "greedy": 1}
+        if self.captions_per_image > most[self.method]:
+            raise ValueError(
+                f"captions_per_image {self.captions_per_image} needs method 'nucleus', "
+                f"or 'beam' with as many num_beams"
+            )
+        return self
+
+    @property
+    def penalty(self) -> float:
+        if self.repetition_penalty is None:
+            return 1.1 if self.method == "nucleus" else 1.0
+        return self.repetition_penalty
+
+
+class Captioner:
+    """An image captioner over a `BlipForConditionalGeneration` folder or hub id.
+
+    With equal ``batch_size``, device and thread count the same images give the same captions, in
+    any process and on any retry. Sampling noise belongs to the image, not to its place, so other
+    batches change a caption only where a rounding of the last bit moves a token's border.
+
+    Raises `CheckpointError` where the folder holds no BLIP captioner.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+    ) -> None:
+        folder = ModelFolder.open(model)
+        needed = "a BLIP captioner (BlipForConditionalGeneration)"
+        folder.require("blip", ("vision_model.", "text_decoder."), needed)
+        vision, text, _ = folder.blip()
+        self.tokenizer = folder.tokenizer()
+        self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
+        self.batch_size, self.device, self.dtype = batch_size, torch.device(device), dtype
+        text = fitted_to(text, self.tokenizer)
+        decoder = folder.part(lambda: TextStack(text), "text_decoder.bert.", ignored=("pooler.",))
+        head = _head(folder, text, decoder)
+        self.vision = folder.part(lambda: VisionTransformer(vision), "vision_model.")
+        self.vision = self.vision.to(self.device, dtype)
+        self.decoder, self.head = decoder.to(self.device, dtype), head.to(self.device, dtype)
+
+    def __call__(
+        self,
+        images: Sequence[Image.Image],
+        keys: Sequence[bytes] | None = None,
+        config: GenerationConfig | None = None,
+    ) -> list[list[str]]:
+        """``captions_per_image`` texts for each image, in order, the prompt taken off.
+
+        ``images``: RGB, any size. ``keys``: what each image's noise hangs on, its file's sha256;
+        None = the sha256 of its pixels. Beam search gives its best captions, best first. Raises
+        `ConfigError` where ``config`` does not fit the model.
+        """
+        config = config or GenerationConfig()
+        prompt = self.prompt_ids(config)
+        if keys is None:
+            keys = [hashlib.sha256(image.tobytes()).digest() for image in images]
+        assert len(keys) == len(images)
+        captions: list[list[str]] = []
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            ids = self.generate(self.preprocessing(images[part]), keys[part], config)
+            captions += [[self._text(row, len(prompt)) for row in rows] for rows in ids.tolist()]
+        return captions
+
+    caption = __call__
+
+    def prompt_ids(self, config: GenerationConfig) -> list[int]:
+        """[DEC] and the prompt's tokens; `ConfigError` where no caption fits behind them."""
+        text = self.decoder.config
+        tokens = self.tokenizer.encode(config.prompt, add_special_tokens=False)
+        ids = [text.dec_token_id, *tokens]
+        if len(ids) >= config.max_tokens:
+            raise ConfigError(
+                f"max_tokens {config.max_tokens} leaves no room behind the prompt "
+                f"{config.prompt!r}, which takes {len(ids)}; raise it or shorten the prompt"
+            )
+        if config.max_tokens > text.max_positions:
+            raise ConfigError(
+                f"max_tokens {config.max_tokens} exceeds the model's {text.max_positions} positions"
+            )
+        return ids
+
+    @torch.inference_mode()
+    def generate(self, pixels: Tensor, keys: Sequence[bytes], config: GenerationConfig) -> Tensor:
+        """Token ids (B, captions, max_tokens) int64 on the CPU: prompt, caption, [SEP], padding.
+
+        ``pixels``: (B, 3, S, S) float32, one batch.
+        """
+        tokens = self.vision(pixels.to(self.device, self.dtype))
+        image_kv = self.decoder.cross_kv(tokens)
+        search = self._search(keys, config)
+        decoding = _Decoding(self.decoder, self.head, image_kv, search.ids.shape[1])
+        order = torch.arange(len(pixels))
+        result = torch.empty(search.ids.shape, dtype=torch.int64)
+        logits = decoding.start(search.ids[0, 0, : search.length])
+        while True:
+            source = search.step(logits)
+            going = search.going.cpu()
+            result[order[~going]] = search.results()[~going.to(self.device)].cpu()
+            if not going.any():
+                return result[:, : config.captions_per_image]
+            if source is not None:
+                decoding.reorder(source)
+            if not going.all():
+                kept = _compacted(going)
+                search.keep(kept.to(self.device))
+                decoding.keep(kept.to(self.device))
+                order = order[kept]
+            logits = decoding.step(search.last)
+
+    def _search(self, keys: Sequence[bytes], config: GenerationConfig) -> Samples | Beams:
+        text = self.decoder.config
+        prompt = torch.tensor(self.prompt_ids(config), device=self.device)
+        rules = Rules(
+            min_tokens=config.min_tokens,
+            max_tokens=config.max_tokens,
+            penalty=config.penalty,
+            eos=text.sep_token_id,
+            pad=text.pad_token_id,
+        )
+        if config.method == "beam":
+            return Beams(prompt, len(keys), config.num_beams, rules)
+        captions, steps = config.captions_per_image, config.max_tokens
+        if config.method == "greedy":
+            noise = torch.zeros(len(keys), captions, steps, dtype=torch.float64)
+            return Samples(prompt, noise.to(self.device), rules, nucleus=None)
+        noise = torch.from_numpy(uniforms(config.seed, keys, captions, steps))
+        nucleus = config.top_k, config.top_p
+        return Samples(prompt, noise.to(self.device), rules, nucleus=nucleus)
+
+    def _text(self, ids: list[int], prompt_length: int) -> str:
+        """The caption without its prompt; a word piece that continues the prompt loses its ##."""
+        end = self.decoder.config.sep_token_id
+        caption = ids[prompt_length:]
+        caption = caption[: caption.index(end)] if end in caption else caption
+        return (
+            str(self.tokenizer.decode(caption, skip_special_tokens=True)).removeprefix("##").strip()
+        )
+
+
+def _head(folder: ModelFolder, text: TextConfig, decoder: TextStack) -> LMHead:
+    """The language head, tied as transformers ties it: files may hold either name, or both."""
+    prefix, words = "text_decoder.cls.predictions.", decoder.embeddings.word_embeddings
+    tied = {"decoder.weight": words.weight}
+    stored = folder.tensors(prefix)
+    for name, other in (("bias", "decoder.bias"), ("decoder.bias", "bias")):
+        if name not in stored and other in stored:
+            tied[name] = stored[other]
+    return folder.part(lambda: LMHead(text, words), prefix, tied=tied)
+
+
+class _Decoding:
+    """The decoder's state: ``width`` consecutive rows for each image."""
+
+    def __init__(
+        self, decoder: TextStack, head: LMHead, image_kv: list[KeyValue], width: int
+    ) -> None:
+        self.decoder, self.head, self.width = decoder, head, width
+        self.image_kv = image_kv
+        self.cache = decoder.new_cache()
+
+    def start(self, prompt: Tensor) -> Tensor:
+        """Logits (images x width, V) float32 behind the prompt, computed once for each image."""
+        images = self.image_kv[0][0].shape[0]
+        rows = torch.arange(images, device=prompt.device).repeat_interleave(self.width)
+        logits = self._logits(prompt.expand(images, -1))
+        self.reorder(rows)
+        return logits[rows]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits (images x width, V) float32 behind one more token for each row."""
+        return self._logits(tokens[:, None])
+
+    def _logits(self, ids: Tensor) -> Tensor:
+        states = self.decoder(ids, causal=True, image_kv=self.image_kv, cache=self.cache)
+        return cast(Tensor, self.head(states[:, -1])).float()
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on from what row ``rows[i]`` has seen."""
+        for entry in self.cache:
+            entry[:] = [tensor[rows] for tensor in entry]
+
+    def keep(self, images: Tensor) -> None:
+        """Go on with ``images`` alone, an order from `_compacted`.
+
+        Only the images that move are copied: cross-attention keys and values are large.
+        """
+        slots = torch.arange(len(images), device=images.device)
+        moved = images != slots
+        holes, movers = slots[moved], images[moved]
+        for index, pair in enumerate(self.image_kv):
+            for tensor in pair:
+                tensor[holes] = tensor[movers]
+            self.image_kv[index] = (pair[0][: len(images)], pair[1][: len(images)])
+        columns = torch.arange(self.width, device=images.device)
+        self.reorder((images[:, None] * self.width + columns).flatten())
+
+
+def _compacted(going: Tensor) -> Tensor:
+    """Indices of the true elements; those within the new length stay where they are."""
+    order = torch.arange(int(going.sum()))
+    holes = (~going[: len(order)]).nonzero()[:, 0]
+    movers = going[len(order) :].nonzero()[:, 0] + len(order)
+    order[holes] = movers
+    return order
