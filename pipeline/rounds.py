@@ -6,34 +6,31 @@ running it again after any kind of end goes on where records stop.
 
 from __future__ import annotations
 
-import io
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import asdict
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow as pa
+import pyarrow.compute as pc
+from stages.evaluate import EvaluateStage
 
 from pipeline.config import RunConfig, substitute
-from pipeline.dag import made_here
+from pipeline.dag import DatasetTask, Published, made_here
 from pipeline.engine.board import watched
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
-from pipeline.engine.dataset import publish_folder, run_dataset
-from pipeline.engine.shard import code_version
+from pipeline.engine.dataset import run_dataset
+from pipeline.engine.shard import code_version, payload
 from pipeline.engine.train import run_training
 from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round, print_of, probes
 from pipeline.progress import Screen
-from pipeline.store import Record, Store, record_name
-from stages.errors import StoreError
-from stages.evaluate import EvaluateStage
-from stages.gate import decide
-from stages.ingest import IngestStage, list_files
+from pipeline.sources import ingest, new_files
+from pipeline.store import Record, Store, fingerprint, record_name
+from stages.gate import Decision, decide
 from stages.scenes.server import WorldServer
 from stages.scenes.world import build_world
 
@@ -99,10 +96,11 @@ class _Loop:
 
     def preview(self) -> None:
         """Say what a run would do, and do nothing."""
-        known = self._known_shards()
-        found = len(self._new_files(known))
-        self._screen.note(f"{len(known)} shards are cut; {found} source files are new")
         published = self._store.record_names()
+        cut = self._store.read_records(n for n in published if "/stage=ingest/" in n)
+        shards = sum(len(record.payloads) for record in cut)
+        found = len(new_files(self._config, cut))
+        self._screen.note(f"{shards} shards are cut; {found} source files are new")
         for number in range(self._config.rounds.count + 1):
             plan = self._store.read_json(f"round={number:02d}/plan.json")
             if plan is None:
@@ -134,7 +132,7 @@ class _Loop:
         path = f"round={number:02d}/plan.json"
         begun = self._store.read_json(path)
         if begun is None:
-            shards = ingest(self._config, self._store, self._screen)
+            shards = ingest(self._config, self._store)
         else:
             shards = {name: (kind, record) for name, (kind, record) in begun["shards"].items()}
         plan = plan_round(self._config, number, shards, models, self._world, inherited)
@@ -177,7 +175,7 @@ class _Loop:
             for stage in job.todo:
                 name = job.records[stage]
                 same = earlier.get(_without_round(name))
-                if same is not None and same not in {name}:
+                if same is not None:
                     record = self._store.read_record(same)
                     self._store.publish(record.model_copy(update={"round": plan.number}))
 
@@ -204,21 +202,23 @@ class _Loop:
 
     def _gate(self, plan: RoundPlan, holders: Mapping[str, Model]) -> dict[str, Model]:
         """The models of the next round: the new ones, or those that hold their place."""
-        evaluate = plan.task("evaluate").record
         trained = {
             "caption": _trained(plan, "finetune_captioner", "captioner"),
             "filter": _trained(plan, "finetune_filter", "filter"),
         }
-        decisions = {
-            stage: self._decide(stage, new, holders.get(stage)) for stage, new in trained.items()
-        }
-        publish_gate(self._store, self._config, plan, decisions)
-        models = {
-            stage: trained[stage] if decision.promoted else holders[stage]
-            for stage, decision in decisions.items()
-        }
-        embedder = holders.get("embed") or self._embedder(plan)
-        return {**models, "embed": embedder}
+        self._screen.begin("gate", total=1, done=0)
+        decision = decide_and_publish(self._store, self._config, plan, trained, holders)
+        verdicts = {"caption": decision.captioner, "filter": decision.filter}
+        for stage, verdict in verdicts.items():
+            self._screen.note(f"{stage} model {verdict.reason}")
+        self._screen.end("gate")
+        models = {s: trained[s] if verdicts[s].promoted else holders[s] for s in trained}
+        pretrain = plan.task("pretrain").record
+        own = Model(made_here(pretrain, "med"), print_of(pretrain))
+        if self._config.embed.model is not None:
+            own = Model(self._config.embed.model, content_of(self._config.embed.model))
+        # Frozen for the whole run, so that old and new embeddings compare.
+        return {**models, "embed": holders.get("embed", own)}
 
     def _dataset(self, task: DatasetTask) -> None:
         done = self._store.exists(task.record)
@@ -234,10 +234,82 @@ class _Loop:
             self._screen.end(task.name)
 
 
+def decide_and_publish(
+    store: Store,
+    config: RunConfig,
+    plan: RoundPlan,
+    trained: Mapping[str, Model],
+    holders: Mapping[str, Model],
+) -> Decision:
+    """Let the gate decide on a round's models, once; what it said is read back ever after."""
+    started = time.time()
+    new = plan.task("evaluate").record
+    old = sorted({model.outcomes for model in holders.values() if model.outcomes})
+    print_ = fingerprint("gate", 1, config.gate, *map(print_of, [new, *old]))
+    name = record_name("gate", plan.number, "all", print_)
+    _note_in_plan(store, plan.number, name)
+    if store.exists(name):
+        data = json.loads(store.read_bytes(payload(store.read_record(name), "gate.json").path))
+        return Decision.model_validate(data["decision"])
+    decision = decide(_outcomes(store, new), _holding(store, holders), config.gate, config.seed)
+    verdicts = {"caption": decision.captioner, "filter": decision.filter}
+    chosen = {s: trained[s] if verdicts[s].promoted else holders[s] for s in trained}
+    data = {"decision": decision.model_dump(), "models": {s: m.ref for s, m in chosen.items()}}
+    written = store.put_named(
+        f"round={plan.number:02d}/stage=gate", "-gate.json", json.dumps(data, indent=1).encode()
+    )
+    store.publish(
+        Record(
+            stage="gate",
+            stage_version=1,
+            round=plan.number,
+            shard="all",
+            fingerprint=print_,
+            payloads=(written,),
+            code_version=code_version(),
+            started=started,
+            finished=time.time(),
+        )
+    )
+    return decision
+
+
+def _note_in_plan(store: Store, round_: int, gate: str) -> None:
+    path = f"round={round_:02d}/plan.json"
+    plan = store.read_json(path)
+    plan["records"]["gate"] = [gate]
+    store.write_json(path, plan)
+
+
+def _outcomes(store: Store, evaluate: str) -> pa.Table:
+    return store.read_table(payload(store.read_record(evaluate), "outcomes.parquet"))
+
+
+def _holding(store: Store, holders: Mapping[str, Model]) -> pa.Table | None:
+    """The outcomes of the models that hold their place, each from its own evaluation."""
+    held = []
+    for stage, name in (("caption", "captioner"), ("filter", "filter")):
+        model = holders.get(stage)
+        if model is not None and model.outcomes is not None:
+            table = _outcomes(store, model.outcomes)
+            held.append(table.filter(pc.equal(table["model"], name)))
+    return pa.concat_tables(held) if held else None
+
+
 def _trained(plan: RoundPlan, task: str, folder: str) -> Model:
     """A model that the round trained, with the evaluation that measured it."""
     record = plan.task(task).record
     return Model(made_here(record, folder), print_of(record), plan.task("evaluate").record)
+
+
+def _labelled(plan: RoundPlan) -> dict[tuple[str, str], str]:
+    """(stage, shard) → fingerprint of the texts and scores that the round worked with."""
+    return {
+        (stage, job.shard): print_of(record)
+        for job in plan.jobs(set())
+        for stage, record in job.records.items()
+        if stage in ("caption", "filter")
+    }
 
 
 def _without_round(record: str) -> str:

@@ -16,8 +16,8 @@ from pipeline.engine.shard import code_version
 from pipeline.store import Payload, Record, Store, fingerprint
 from stages.base import LocalContext
 from stages.errors import SourceError
-from stages.ingest import IngestStage
-from stages.readers import SourceFile, list_files
+from stages.ingest import IngestStage, list_files
+from stages.readers import SourceFile
 
 Shards = dict[str, tuple[str, str]]
 """Shard → (web or human, name of its source record)."""
@@ -40,17 +40,20 @@ def ingest(config: RunConfig, store: Store) -> Shards:
 def new_files(config: RunConfig, records: Sequence[Record]) -> list[SourceFile]:
     """Source files that no ingest record covers, in the order of the config."""
     done = {record.fingerprint for record in records}
-    files = [f for source in (*config.sources, *config.human) for f in list_files(source)]
+    files = [
+        *(file for source in config.sources for file in list_files(source)),
+        *(file for source in config.human for file in list_files(source, "human")),
+    ]
     return [file for file in files if _fingerprint(file) not in done]
 
 
 def _fingerprint(file: SourceFile) -> str:
-    return fingerprint("ingest", IngestStage.version, file.source, file.identity)
+    """Of the file's content and how it is read, wherever it lies."""
+    reading = file.config.model_copy(update={"path": ""})
+    return fingerprint("ingest", IngestStage.version, reading, file.identity, file.origin)
 
 
-def _cut(
-    config: RunConfig, store: Store, file: SourceFile, earlier: Sequence[Payload]
-) -> Record:
+def _cut(config: RunConfig, store: Store, file: SourceFile, earlier: Sequence[Payload]) -> Record:
     """Cut one file and publish it. ``earlier`` are the shards so far; numbers go on from them."""
     started = time.time()
     seen = [store.local_copy(payload.path) for payload in earlier]
@@ -71,7 +74,7 @@ def _cut(
         fingerprint=_fingerprint(file),
         payloads=payloads,
         counts={"rows": sum(payload.rows or 0 for payload in payloads)},
-        details={"file": file.path, "kind": file.kind},
+        details={"file": file.path, "kind": file.origin},
         code_version=code_version(),
         started=started,
         finished=time.time(),

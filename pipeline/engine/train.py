@@ -70,7 +70,7 @@ def run_training(
         )
         try:
             trainer.fit()
-        except Exception as error:  # noqa: BLE001 - Ray Train wraps whatever a worker raised
+        except Exception as error:
             raise translate(error, "training") from error
 
 
