@@ -1,0 +1,79 @@
+"""Caption: synthetic texts for each image."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+from stages.base import Resources, ShardStage
+from stages.inference import InferenceConfig, batches, from_rows, open_model
+from stages.models.captioner import Captioner, GenerationConfig
+from stages.schemas import CAPTIONS, IMAGES, check
+
+
+class CaptionConfig(InferenceConfig):
+    """The captioner and how it decodes."""
+
+    generation: GenerationConfig = GenerationConfig()
+
+
+class CaptionStage(ShardStage):
+    """IMAGES → CAPTIONS: ``captions_per_image`` rows an image, in order.
+
+    An image that cannot be decoded, and a caption without a word, gives rows with status
+    ``failed``. The noise of a caption hangs on the image's sha256, so the same file gets the same
+    captions wherever it lies.
+    """
+
+    name = "caption"
+    version = 1
+    input_schema = IMAGES
+    output_schema = CAPTIONS
+
+    def __init__(self, config: CaptionConfig) -> None:
+        self.config = config
+
+    @property
+    def resources(self) -> Resources:
+        return self.config.resources
+
+    def setup(self) -> None:
+        opened = open_model(self.name, self.config)
+        self._weights = opened.weights
+        self._caption = Captioner(opened.folder, opened.device, batch_size=self.config.batch_size)
+
+    def process(self, table: pa.Table) -> pa.Table:
+        table = check(table, IMAGES, "caption input")
+        keys = [bytes.fromhex(sha256) for sha256 in table["sha256"].to_pylist()]
+        broken: dict[int, str] = {}
+        written: dict[int, list[str]] = {}
+        for batch in batches(table, self.config.batch_size, broken):
+            batch_keys = [keys[row] for row in batch.rows]
+            texts = self._caption(batch.images, batch_keys, self.config.generation)
+            written.update(zip(batch.rows, texts, strict=True))
+        rows: list[dict[str, object]] = []
+        for row, sample in enumerate(table["sample_id"].to_pylist()):
+            if row in broken:
+                rows += self._failures(sample, "failed", broken[row])
+            else:
+                rows += [self._row(sample, i, text) for i, text in enumerate(written[row])]
+        return from_rows(rows, CAPTIONS)
+
+    def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
+        samples = table["sample_id"].to_pylist()
+        return from_rows(
+            [row for sample in samples for row in self._failures(sample, status, detail)], CAPTIONS
+        )
+
+    def _row(self, sample: str, index: int, text: str) -> dict[str, Any]:
+        known = {"sample_id": sample, "caption_index": index, "model": self._weights}
+        if not text.strip():
+            return known | {"status": "failed", "detail": "empty text"}
+        return known | {"text": text, "status": "success"}
+
+    def _failures(self, sample: str, status: str, detail: str) -> list[dict[str, object]]:
+        return [
+            {"sample_id": sample, "caption_index": index, "status": status, "detail": detail}
+            for index in range(self.config.generation.captions_per_image)
+        ]

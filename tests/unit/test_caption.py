@@ -1,0 +1,113 @@
+"""The caption stage, on a tiny real captioner."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from stages.caption import CaptionConfig, CaptionStage
+from stages.errors import CheckpointError
+from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.checkpoints import weights_hash
+from stages.models.images import decode
+from stages.schemas import CAPTIONS, IMAGES
+from tests import tiny_models
+from tests.images import cut, image_rows, jpeg
+from tests.tables import filled
+
+SEVEN = [jpeg(seed) for seed in range(7)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    where = tmp_path_factory.mktemp("models") / "captioner"
+    return tiny_models.save_blip(tiny_models.captioner_model(), where)
+
+
+def ready(folder: Path, batch_size: int = 3, captions: int = 1) -> CaptionStage:
+    generation = GenerationConfig(captions_per_image=captions, seed=5)
+    config = CaptionConfig(
+        model=str(folder), batch_size=batch_size, device="cpu", generation=generation
+    )
+    stage = CaptionStage(config)
+    stage.setup()
+    return stage
+
+
+def images(files: list[bytes]) -> pa.Table:
+    return filled(IMAGES, image_rows(files))
+
+
+def test_captions_are_the_captioners_own_in_order(folder: Path) -> None:
+    table = images(SEVEN)
+    found = ready(folder).process(table)
+    assert found.schema == CAPTIONS
+    generation = GenerationConfig(seed=5)
+    keys = [bytes.fromhex(sha256) for sha256 in table["sha256"].to_pylist()]
+    expected = Captioner(folder, batch_size=3)([decode(i) for i in SEVEN], keys, generation)
+    assert found["text"].to_pylist() == [texts[0] for texts in expected]
+    assert len(set(found["text"].to_pylist())) > 3
+    assert found["sample_id"].to_pylist() == table["sample_id"].to_pylist()
+    assert set(found["status"].to_pylist()) == {"success"}
+    assert set(found["model"].to_pylist()) == {weights_hash(folder)}
+
+
+def test_a_broken_image_fails_alone(folder: Path) -> None:
+    files = [SEVEN[0], cut(SEVEN[1]), *SEVEN[2:]]
+    found = ready(folder, captions=2).process(images(files)).to_pylist()
+    assert [row["caption_index"] for row in found] == [0, 1] * 7
+    failures = [row for row in found if row["status"] != "success"]
+    assert [(row["sample_id"], row["status"]) for row in failures] == [("s001", "failed")] * 2
+    assert all(row["text"] is None and "truncated" in row["detail"] for row in failures)
+
+
+def test_the_same_file_gets_the_same_captions_anywhere(folder: Path) -> None:
+    stage = ready(folder, batch_size=4)
+    texts = dict(zip(SEVEN, stage.process(images(SEVEN))["text"].to_pylist(), strict=True))
+    turned = [SEVEN[3], SEVEN[3], SEVEN[6], SEVEN[0]]
+    again = ready(folder, batch_size=4).process(images(turned))
+    assert again["text"].to_pylist() == [texts[file] for file in turned]
+    assert stage.process(images(SEVEN)) == stage.process(images(SEVEN))
+
+
+def test_failed_rows_need_no_model(folder: Path) -> None:
+    stage = CaptionStage(CaptionConfig(generation=GenerationConfig(captions_per_image=2)))
+    table = stage.failed(images(SEVEN[:1]), "quarantined", "crashed")
+    assert table.schema == CAPTIONS
+    assert [tuple(row.values()) for row in table.to_pylist()] == [
+        ("s000", 0, None, "quarantined", "crashed", None),
+        ("s000", 1, None, "quarantined", "crashed", None),
+    ]
+
+
+def test_no_images_give_no_captions(folder: Path) -> None:
+    assert ready(folder).process(images([])).num_rows == 0
+
+
+def test_a_caption_without_a_word_has_failed(folder: Path, tmp_path: Path) -> None:
+    """A captioner that only ever ends its caption."""
+    import torch
+
+    model = tiny_models.captioner_model()
+    with torch.no_grad():
+        bias = model.text_decoder.cls.predictions.bias
+        bias[tiny_models.tokenizer().sep_token_id] += 1000.0
+    stage = CaptionStage(
+        CaptionConfig(
+            model=str(tiny_models.save_blip(model, tmp_path / "mute")),
+            generation=GenerationConfig(min_tokens=1),
+        )
+    )
+    stage.setup()
+    found = stage.process(images(SEVEN[:2])).to_pylist()
+    assert [(row["text"], row["status"], row["detail"]) for row in found] == [
+        (None, "failed", "empty text")
+    ] * 2
+
+
+def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:
+    tiny_models.clip_model().save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match=r"found model_type 'clip'.*need a BLIP captioner"):
+        ready(tmp_path)
