@@ -1,0 +1,100 @@
+"""Filter: how well each text matches its image. Scores only; `stages.select` decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+
+from stages.base import Resources, ShardStage
+from stages.ids import pair_id
+from stages.inference import InferenceConfig, batches, from_rows, open_model
+from stages.models.matcher import Matcher
+from stages.models.text import clean_caption
+from stages.schemas import IMAGES_WITH_TEXTS, SCORES, check
+
+Row = dict[str, Any]
+
+
+class FilterConfig(InferenceConfig):
+    """The matcher."""
+
+    max_tokens: int = Field(35, ge=3)
+    """[CLS] and [SEP] counted; what is longer is cut (35: models/blip_retrieval.py)."""
+
+
+class FilterStage(ShardStage):
+    """IMAGES_WITH_TEXTS → SCORES: one row a text, image by image, in order.
+
+    Status ``failed``, without scores: the texts of an image that cannot be decoded, and a text of
+    which cleaning (`clean_caption`) leaves nothing.
+    """
+
+    name = "filter"
+    version = 1
+    input_schema = IMAGES_WITH_TEXTS
+    output_schema = SCORES
+
+    def __init__(self, config: FilterConfig) -> None:
+        self.config = config
+
+    @property
+    def resources(self) -> Resources:
+        return self.config.resources
+
+    def setup(self) -> None:
+        opened = open_model(self.name, self.config)
+        self._weights = opened.weights
+        self._matcher = Matcher(
+            opened.folder,
+            opened.device,
+            batch_size=self.config.batch_size,
+            max_tokens=self.config.max_tokens,
+        )
+
+    def process(self, table: pa.Table) -> pa.Table:
+        table = check(table, IMAGES_WITH_TEXTS, "filter input")
+        wanted = [
+            [text for text in dict.fromkeys(texts) if clean_caption(text)]
+            for texts in table["texts"].to_pylist()
+        ]
+        broken: dict[int, str] = {}
+        scores: dict[int, dict[str, tuple[float, float]]] = {}
+        for batch in batches(table, self.config.batch_size, broken):
+            texts = [wanted[row] for row in batch.rows]
+            for row, own, found in zip(
+                batch.rows, texts, self._matcher.match(batch.images, texts), strict=True
+            ):
+                scores[row] = dict(zip(own, found, strict=True))
+        rows = []
+        for row, pair in _pairs(table):
+            if row in broken:
+                rows.append(pair | {"status": "failed", "detail": broken[row]})
+            else:
+                rows.append(pair | self._scored(scores[row].get(pair["text"])))
+        return from_rows(rows, SCORES)
+
+    def _scored(self, score: tuple[float, float] | None) -> Row:
+        if score is None:
+            return {"status": "failed", "detail": "empty text", "model": self._weights}
+        if not all(map(math.isfinite, score)):
+            detail = "score is not a number"
+            return {"status": "failed", "detail": detail, "model": self._weights}
+        itm, itc = score
+        return {"itm_score": itm, "itc_score": itc, "status": "success", "model": self._weights}
+
+    def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
+        reason = {"status": status, "detail": detail}
+        return from_rows([pair | reason for _, pair in _pairs(table)], SCORES)
+
+
+def _pairs(table: pa.Table) -> Iterator[tuple[int, Row]]:
+    """Every text of every image as (row of the image, the columns that name the pair)."""
+    columns = (table[name].to_pylist() for name in ("sample_id", "sources", "texts"))
+    for row, (sample, sources, texts) in enumerate(zip(*columns, strict=True)):
+        for source, text in zip(sources, texts, strict=True):
+            name = pair_id(sample, source, text)
+            yield row, {"pair_id": name, "sample_id": sample, "source": source, "text": text}
