@@ -23,7 +23,7 @@ class EmbedConfig(InferenceConfig):
 class EmbedStage(ShardStage):
     """IMAGES → EMBEDDINGS: one row an image, in order; ``embedding`` has the model's length.
 
-    An image that cannot be decoded, or whose embedding is zero or not finite, has status ``failed``.
+    Status ``failed``: the image cannot be decoded, or its embedding is zero or not finite.
     """
 
     name = "embed"
