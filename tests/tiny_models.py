@@ -12,7 +12,9 @@ from transformers import (
     BlipForImageTextRetrieval,
     BlipImageProcessorPil,
     CLIPConfig,
+    CLIPImageProcessorPil,
     CLIPModel,
+    CLIPTokenizer,
 )
 
 from stages.models.text import with_blip_tokens
@@ -87,18 +89,28 @@ def _stirred(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def clip_tokenizer() -> CLIPTokenizer:
+    """A byte pair tokenizer of letters and digits, and one merge."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,!"
+    names = ["<|startoftext|>", *letters, *(f"{letter}</w>" for letter in letters), "ca"]
+    vocab = {name: i for i, name in enumerate([*names, "<|endoftext|>"])}
+    return CLIPTokenizer(vocab=vocab, merges=[("c", "a")])
+
+
 def clip_model(seed: int = 0) -> CLIPModel:
     torch.manual_seed(seed)
+    ids = clip_tokenizer()
     config = CLIPConfig(
         text_config={
-            "vocab_size": 49408,
+            "vocab_size": len(ids),
             "hidden_size": 16,
             "intermediate_size": 32,
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "max_position_embeddings": 16,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
+            "bos_token_id": ids.bos_token_id,
+            "eos_token_id": ids.eos_token_id,
+            "pad_token_id": ids.pad_token_id,
         },
         vision_config={
             "hidden_size": 32,
@@ -109,5 +121,17 @@ def clip_model(seed: int = 0) -> CLIPModel:
             "patch_size": 8,
         },
         projection_dim=24,
+        initializer_factor=5.0,
     )
     return _stirred(CLIPModel(config)).eval()
+
+
+def save_clip(model: CLIPModel, folder: Path) -> Path:
+    """``model`` with its tokenizer and image processor, as ``save_pretrained`` writes them."""
+    size = model.config.vision_config.image_size
+    model.save_pretrained(folder)
+    clip_tokenizer().save_pretrained(folder)
+    CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    ).save_pretrained(folder)
+    return folder

@@ -120,8 +120,22 @@ class ModelFolder:
         # Built without memory: no time goes into random weights, and no global generator advances.
         with torch.device("meta"):
             module = build()
-        skipped = (*ignored, "embeddings.position_ids")
-        tensors = {n: t for n, t in self.tensors(prefix).items() if not n.startswith(skipped)}
+        return self.fill(module, prefix, ignored=ignored, tied=tied)
+
+    def fill(
+        self,
+        module: M,
+        prefix: str,
+        *,
+        ignored: tuple[str, ...] = (),
+        tied: Mapping[str, Tensor] | None = None,
+    ) -> M:
+        """`part` for a module that is there already."""
+        tensors = {
+            name: tensor
+            for name, tensor in self.tensors(prefix).items()
+            if not name.startswith(ignored) and not name.endswith("position_ids")
+        }
         tensors |= tied or {}
         self._check(tensors, module.state_dict(), prefix)
         module.load_state_dict(tensors, assign=True)

@@ -249,3 +249,11 @@ def test_a_matcher_is_refused(tmp_path: Path) -> None:
     folder = tiny_models.save_blip(tiny_models.matcher_model(), tmp_path / "matcher")
     with pytest.raises(CheckpointError, match=r"found model_type 'blip' without .*text_decoder"):
         Captioner(folder)
+
+
+def test_bfloat16_captions_are_mostly_the_same(folder: Path, captioner: Captioner) -> None:
+    images = random_images(30, seed=6)
+    config = GenerationConfig(method="greedy")
+    half = Captioner(folder, dtype=torch.bfloat16)(images, config=config)
+    whole = captioner(images, config=config)
+    assert sum(a == b for a, b in zip(half, whole, strict=True)) >= 15

@@ -1,0 +1,204 @@
+"""Images and texts as unit vectors of one space: CLIP's, or that of BLIP's contrastive head.
+
+from PIL import Image
+from stages.models.embedder import Embedder
+
+embedder = Embedder("openai/clip-vit-base-patch32")
+print(embedder.embed_images([Image.open("cat.jpg")]) @ embedder.embed_texts(["a cat"]).T)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stages.errors import CheckpointError
+from stages.models.blocks import TextStack, VisionTransformer
+from stages.models.folders import ModelFolder, one_line
+from stages.models.images import Preprocessing
+from stages.models.matcher import trimmed, unit
+from stages.models.text import clean_caption, encode_texts, fitted_to
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
+
+_NEEDED = "a CLIP model (CLIPModel) or a BLIP model with a contrastive head (vision_proj)"
+_MED_TEXT_TOKENS = 35  # as the matcher reads texts
+
+
+class Embedder:
+    """An embedder of images and texts over a CLIP folder, a BLIP folder, or a hub id of either.
+
+    ``config.json``'s model_type decides which. ``batch_size`` counts images; texts go four times
+    as many at a time. Raises `CheckpointError` where the folder holds neither.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 32,
+    ) -> None:
+        folder = ModelFolder.open(model)
+        kinds: dict[str, Callable[[ModelFolder, torch.device, torch.dtype], _Towers]] = {
+            "clip": _Clip,
+            "blip": _Med,
+        }
+        if folder.kind not in kinds:
+            raise CheckpointError(
+                f"{model}: found model_type '{folder.kind}', need {_NEEDED}; "
+                "give its folder or hub id"
+            )
+        self.batch_size, self.device, self.dtype = batch_size, torch.device(device), dtype
+        self.towers = kinds[folder.kind](folder, self.device, dtype)
+        self.preprocessing = self.towers.preprocessing
+
+    @property
+    def dim(self) -> int:
+        """Length of a vector."""
+        return self.towers.dim
+
+    def embed_images(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float16]:
+        """(N, D) float16 vectors of length 1 from RGB images of any size."""
+        return self.image_features(images).numpy().astype(np.float16)
+
+    def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float16]:
+        """(N, D) float16 vectors of length 1; texts longer than the model reads are cut.
+
+        BLIP's texts are cleaned as in its training, CLIP's taken as they are.
+        """
+        return self.text_features(texts).numpy().astype(np.float16)
+
+    @torch.inference_mode()
+    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+        """`embed_images` before rounding: (N, D) float32 on the CPU."""
+        features = [torch.empty(0, self.dim)]
+        for start in range(0, len(images), self.batch_size):
+            pixels = self.preprocessing(images[start : start + self.batch_size])
+            states = self.towers.images(pixels.to(self.device, self.dtype))
+            features.append(unit(states).cpu())
+        return torch.cat(features)
+
+    @torch.inference_mode()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """`embed_texts` before rounding: (N, D) float32 on the CPU."""
+        step = 4 * self.batch_size
+        parts = (texts[start : start + step] for start in range(0, len(texts), step))
+        features = [unit(self.towers.texts(part)).cpu() for part in parts]
+        return torch.cat([torch.empty(0, self.dim), *features])
+
+
+class _Towers(Protocol):
+    preprocessing: Preprocessing
+    dim: int
+
+    def images(self, pixels: Tensor) -> Tensor: ...
+    def texts(self, texts: Sequence[str]) -> Tensor: ...
+
+
+class _Clip:
+    """transformers' CLIPModel, its attention being torch's SDPA."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import CLIPConfig, CLIPModel
+
+        folder.require("clip", ("vision_model.", "visual_projection."), _NEEDED)
+        try:
+            config = CLIPConfig.from_pretrained(folder.path)
+            # Its random weights, replaced at once, must not advance the caller's generator.
+            with torch.random.fork_rng(devices=[]):
+                model = CLIPModel(config)  # attention is SDPA by default
+        except (ValueError, TypeError, AttributeError, OSError) as error:
+            raise CheckpointError(f"{folder.source}: config.json: {one_line(error)}") from error
+        self.folder, self.device, self.dim = folder, device, int(cast(Any, config).projection_dim)
+        vision, self.text_config = cast(Any, config.vision_config), cast(Any, config.text_config)
+        self.preprocessing = folder.preprocessing(vision.image_size, crop=True)
+        filled = cast(torch.nn.Module, folder.fill(model, ""))
+        self.model = cast("CLIPModel", filled.to(device, dtype))
+
+    def images(self, pixels: Tensor) -> Tensor:
+        pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+        return cast(Tensor, self.model.visual_projection(pooled))
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        batch = self.tokenizer(
+            list(texts),
+            padding=True,
+            truncation=True,
+            max_length=self.text_config.max_position_embeddings,
+            return_tensors="pt",
+        ).to(self.device)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        pooled = self.model.text_model(**inputs).pooler_output
+        return cast(Tensor, self.model.text_projection(pooled))
+
+    @cached_property
+    def tokenizer(self) -> CLIPTokenizer:
+        from transformers import CLIPTokenizer
+
+        path = self.folder.path
+        # Without files, transformers makes a tokenizer of three tokens and says nothing.
+        if not any((path / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+            raise CheckpointError(
+                f"{self.folder.source}: no tokenizer.json and no vocab.json; need CLIP's tokenizer "
+                "to embed texts"
+            )
+        try:
+            tokenizer = CLIPTokenizer.from_pretrained(path)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self.folder.source}: tokenizer: {one_line(error)}") from error
+        if len(tokenizer) > self.text_config.vocab_size:
+            raise CheckpointError(
+                f"{self.folder.source}: the tokenizer has {len(tokenizer)} tokens, config.json "
+                f"says {self.text_config.vocab_size}; need the tokenizer of the same model"
+            )
+        return cast("CLIPTokenizer", tokenizer)
+
+
+class _Med:
+    """BLIP's vision tower and text encoder, each with its projection (BLIP, section 3.2, ITC)."""
+
+    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+        folder.require("blip", ("vision_model.", "vision_proj."), _NEEDED)
+        vision = folder.blip()[0]
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
+        self.vision = folder.part(lambda: VisionTransformer(vision), "vision_model.")
+        self.vision = self.vision.to(device, dtype)
+        self.vision_proj = folder.linear("vision_proj.").to(device, dtype)
+        self.dim = self.vision_proj.out_features
+
+    def images(self, pixels: Tensor) -> Tensor:
+        return cast(Tensor, self.vision_proj(self.vision(pixels, first_only=True)[:, 0]))
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        cleaned = [clean_caption(text) for text in texts]
+        most = min(_MED_TEXT_TOKENS, self._encoder.config.max_positions)
+        ids, mask = trimmed(*encode_texts(self._tokenizer, cleaned, most))
+        first = self._encoder(ids.to(self.device), mask.to(self.device), first_only=True)
+        return cast(Tensor, self._text_proj(first[:, 0]))
+
+    # Only those who embed texts pay for the text encoder.
+    @cached_property
+    def _tokenizer(self) -> BertTokenizer:
+        self.folder.require("blip", ("text_encoder.", "text_proj."), _NEEDED)
+        return self.folder.tokenizer()
+
+    @cached_property
+    def _encoder(self) -> TextStack:
+        text = fitted_to(self.folder.blip()[1], self._tokenizer)
+        encoder = self.folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
+        return encoder.to(self.device, self.dtype)
+
+    @cached_property
+    def _text_proj(self) -> torch.nn.Linear:
+        return self.folder.linear("text_proj.").to(self.device, self.dtype)

@@ -1,0 +1,208 @@
+"""BLIP's filter: how well texts match an image, by the matching head and by the contrastive one.
+
+    from PIL import Image
+    from stages.models.matcher import Matcher
+
+    matcher = Matcher("Salesforce/blip-itm-base-coco")
+    print(matcher.match([Image.open("cat.jpg")], [["a cat", "two dogs"]]))
+
+Each image is encoded once, and its cross-attention keys and values computed once for all of its
+texts. As BLIP trains it, and unlike transformers' forward, the matching head sees ``[ENC]`` at
+position 0, the contrastive head ``[CLS]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import cast
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stages.errors import ConfigError
+from stages.models.blocks import TextStack, VisionTransformer
+from stages.models.folders import ModelFolder
+from stages.models.text import clean_caption, encode_texts, fitted_to
+
+MATCH = 1  # index of "matches" among the two outputs of the matching head
+
+
+@dataclass(frozen=True)
+class Images:
+    """Encoded images: ``tokens`` (N, T, D) in the model's dtype, ``features`` (N, E) float32 of
+    length 1; both on the model's device."""
+
+    tokens: Tensor
+    features: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Encoded texts: ``input_ids`` and ``mask`` (N, L) int64, ``[CLS]`` at position 0, and
+    ``features`` (N, E) float32 of length 1; all on the model's device."""
+
+    input_ids: Tensor
+    mask: Tensor
+    features: Tensor
+
+    def __len__(self) -> int:
+        return len(self.features)
+
+
+class Matcher:
+    """An image-text matcher over a `BlipForImageTextRetrieval` folder or hub id.
+
+    ``max_tokens`` counts [CLS] and [SEP]; longer texts are cut (35: models/blip_retrieval.py).
+    Raises `CheckpointError` where the folder holds no BLIP matcher.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        batch_size: int = 16,
+        max_tokens: int = 35,
+    ) -> None:
+        folder = ModelFolder.open(model)
+        parts = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
+        folder.require("blip", parts, "a BLIP matcher (BlipForImageTextRetrieval)")
+        vision, text, _ = folder.blip()
+        if not 3 <= max_tokens <= text.max_positions:
+            raise ConfigError(
+                f"max_tokens {max_tokens} is not between 3 and the {text.max_positions} positions "
+                f"of {model}"
+            )
+        self.tokenizer = folder.tokenizer()
+        self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
+        self.batch_size, self.max_tokens = batch_size, max_tokens
+        self.device, self.dtype = torch.device(device), dtype
+        text = fitted_to(text, self.tokenizer)
+        encoder = folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
+        self.vision = folder.part(lambda: VisionTransformer(vision), "vision_model.")
+        self.vision, self.encoder = self.vision.to(self.device, dtype), encoder.to(device, dtype)
+        self.vision_proj = folder.linear("vision_proj.").to(self.device, dtype)
+        self.text_proj = folder.linear("text_proj.").to(self.device, dtype)
+        self.itm_head = folder.linear("itm_head.").to(self.device, dtype)
+
+    @torch.inference_mode()
+    def match(
+        self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]
+    ) -> list[list[tuple[float, float]]]:
+        """(ITM probability, ITC cosine) of each text with its image, in order.
+
+        ``images``: RGB, any size. ``texts``: for each image any number of texts, none included;
+        they are cleaned here, as BLIP's training texts are. The probability is softmax(ITM)[match]
+        in [0, 1], CapFilt's score; the cosine lies in [-1, 1].
+        """
+        assert len(images) == len(texts)
+        scores: list[list[tuple[float, float]]] = []
+        for start in range(0, len(images), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            scores += self._match_batch(images[part], texts[part])
+        return scores
+
+    __call__ = match
+
+    def _match_batch(
+        self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]
+    ) -> list[list[tuple[float, float]]]:
+        owners = [image for image, own in enumerate(texts) for _ in own]
+        if not owners:
+            return [[] for _ in images]
+        encoded, words = (
+            self.encode_images(images),
+            self.encode_texts([t for o in texts for t in o]),
+        )
+        rows = torch.tensor(owners)
+        logits = self.itm_logits(encoded, words, torch.stack([rows, torch.arange(len(rows))], 1))
+        matching = logits.softmax(dim=-1)[:, MATCH].tolist()
+        cosines = (encoded.features[rows.to(self.device)] * words.features).sum(dim=-1).tolist()
+        pairs = iter(zip(matching, cosines, strict=True))
+        return [[next(pairs) for _ in own] for own in texts]
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Image.Image]) -> Images:
+        """Image tokens and contrastive features, ``batch_size`` images at a time; at least one."""
+        tokens: list[Tensor] = []
+        for start in range(0, len(images), self.batch_size):
+            pixels = self.preprocessing(images[start : start + self.batch_size])
+            tokens.append(self.vision(pixels.to(self.device, self.dtype)))
+        whole = torch.cat(tokens)
+        return Images(whole, unit(self.vision_proj(whole[:, 0])))
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str]) -> Texts:
+        """Token ids and contrastive features of ``texts``, cleaned; at least one."""
+        cleaned = [clean_caption(text) for text in texts]
+        ids, mask = encode_texts(self.tokenizer, cleaned, self.max_tokens)
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        features: list[Tensor] = []
+        step = 4 * self.batch_size
+        for start in range(0, len(texts), step):
+            own, seen = trimmed(ids[start : start + step], mask[start : start + step])
+            first = self.encoder(own, seen, first_only=True)[:, 0]
+            features.append(unit(self.text_proj(first)))
+        return Texts(ids, mask, torch.cat(features))
+
+    @torch.inference_mode()
+    def itm_logits(self, images: Images, texts: Texts, pairs: Tensor) -> Tensor:
+        """The matching head's two outputs for each pair, (M, 2) float32, index `MATCH` = match.
+
+        ``pairs``: (M, 2) int64 of (image, text) indices, in any order. Pairs are worked through
+        image by image, so that an image's keys and values are computed once, also in re-ranking.
+        """
+        pairs = pairs.to(self.device)
+        counts = pairs[:, 0].bincount()
+        # Images with as many texts stand together: their keys and values then serve without copies.
+        order = (counts[pairs[:, 0]] * len(counts) + pairs[:, 0]).argsort(stable=True)
+        logits = torch.empty(len(pairs), 2, device=self.device)
+        for block in self._blocks(pairs[order, 0].tolist()):
+            part = order[block]
+            logits[part] = self._itm_block(images, texts, pairs[part])
+        return logits
+
+    def _blocks(self, owners: Sequence[int]) -> Iterator[slice]:
+        """Cut grouped image indices into blocks of images with equally many pairs.
+
+        A block has 4 x ``batch_size`` pairs at most; an image with more is cut up.
+        """
+        most, start, end, last = 4 * self.batch_size, 0, 0, 0
+        for _, run in groupby(owners):
+            count = len(list(run))
+            if end > start and (count != last or end - start + count > most):
+                yield slice(start, end)
+                start = end
+            end, last = end + count, count
+            if count > most:
+                yield from (slice(at, min(at + most, end)) for at in range(start, end, most))
+                start = end
+        if end > start:
+            yield slice(start, end)
+
+    def _itm_block(self, images: Images, texts: Texts, pairs: Tensor) -> Tensor:
+        owners = cast(Tensor, torch.unique_consecutive(pairs[:, 0]))
+        image_kv = self.encoder.cross_kv(images.tokens[owners])
+        ids, mask = trimmed(texts.input_ids[pairs[:, 1]], texts.mask[pairs[:, 1]])
+        ids[:, 0] = self.encoder.config.enc_token_id
+        states = self.encoder(ids, mask, image_kv=image_kv, first_only=True)
+        logits: Tensor = self.itm_head(states[:, 0])
+        return logits.float()
+
+
+def trimmed(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy without the columns that are padding in every row."""
+    length = int(mask.sum(dim=1).max())
+    return input_ids[:, :length].clone(), mask[:, :length]
+
+
+def unit(features: Tensor) -> Tensor:
+    """(N, E) vectors of length 1, float32."""
+    return torch.nn.functional.normalize(features.float(), dim=-1)

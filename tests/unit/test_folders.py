@@ -1,0 +1,160 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BlipForImageTextRetrieval
+
+from stages.errors import CheckpointError
+from stages.models.blocks import TextConfig, VisionConfig, VisionTransformer
+from stages.models.folders import ModelFolder
+from stages.models.matcher import Matcher
+from tests import tiny_models
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tiny_models.save_blip(tiny_models.matcher_model(), tmp_path / "model")
+
+
+def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
+    """Put tensors into the folder's weights, or take those out that are None."""
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in change.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def refusal(folder: Path | str) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Matcher(folder)
+    message = str(caught.value)
+    assert "\n" not in message and str(folder) in message
+    return message
+
+
+def test_sizes_are_read_with_transformers_defaults(folder: Path) -> None:
+    vision, text, width = ModelFolder.open(folder).blip()
+    assert vision == VisionConfig(
+        image_size=32, patch_size=8, width=48, layers=2, heads=4, mlp_width=96, eps=1e-5
+    )
+    assert isinstance(text, TextConfig) and (text.layers, text.vision_width) == (3, 48)
+    assert width == 24
+    (folder / "config.json").write_text('{"model_type": "blip"}')
+    vision, text, _ = ModelFolder.open(folder).blip()
+    assert (vision.image_size, vision.width, text.heads, text.vocab_size) == (384, 768, 8, 30524)
+
+
+def test_sharded_weights(folder: Path) -> None:
+    expected = Matcher(folder).vision.state_dict()
+    BlipForImageTextRetrieval.from_pretrained(folder).save_pretrained(
+        folder, max_shard_size="50KB"
+    )  # fmt: skip
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    found = Matcher(folder).vision.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_old_buffers_and_poolers_do_no_harm(folder: Path) -> None:
+    rewrite(
+        folder,
+        {
+            "text_encoder.embeddings.position_ids": torch.arange(40)[None],
+            "text_encoder.pooler.dense.weight": torch.zeros(32, 32),
+        },
+    )
+    Matcher(folder)
+
+
+def test_a_part_takes_no_random_numbers(folder: Path) -> None:
+    opened = ModelFolder.open(folder)
+    vision = opened.blip()[0]
+    state = torch.get_rng_state()
+    part = opened.part(lambda: VisionTransformer(vision), "vision_model.")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not part.training and not any(p.requires_grad for p in part.parameters())
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
+    assert "no such folder" in refusal(tmp_path / "nowhere")
+    assert "no such folder" in refusal("./nowhere")
+    (tmp_path / "file").write_text("x")
+    assert "no such folder" in refusal(tmp_path / "file")
+    assert "no config.json" in refusal(tmp_path)
+
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert "not to be had from the hub" in refusal("nobody/nothing")
+    assert "not to be had from the hub" in refusal("nobody/nothing@v1.0")
+
+
+def test_another_kind_of_model(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    message = refusal(folder)
+    assert "found model_type 'bert', need a BLIP matcher" in message
+    (folder / "config.json").write_text("not json")
+    assert "cannot read config.json" in refusal(folder)
+    (folder / "config.json").write_text("[]")
+    assert "does not hold a JSON object" in refusal(folder)
+
+
+def test_a_config_that_makes_no_sense(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for part, key, value, message in [
+        ("vision_config", "patch_size", 5, "image_size 32 is not a multiple of patch_size 5"),
+        ("text_config", "num_attention_heads", 5, "width 32 is not a multiple of heads 5"),
+        ("text_config", "hidden_act", "relu", "hidden_act 'relu', only 'gelu'"),
+    ]:
+        changed = {**config, part: {**config[part], key: value}}
+        (folder / "config.json").write_text(json.dumps(changed))
+        assert message in refusal(folder)
+
+
+def test_weights_that_do_not_fit(folder: Path) -> None:
+    name = "text_encoder.encoder.layer.1.output.dense.weight"
+    rewrite(folder, {name: torch.zeros(32, 63)})
+    assert f"misshapen tensor {name} (32, 63), needs (32, 64)" in refusal(folder)
+    rewrite(folder, {name: None})
+    assert f"no tensor {name} (1 such)" in refusal(folder)
+    rewrite(folder, {name: torch.zeros(32, 64), "text_encoder.extra": torch.zeros(1)})
+    assert "unexpected tensor text_encoder.extra" in refusal(folder)
+
+
+def test_pickled_weights_are_never_opened(folder: Path, tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return Path.touch, (tmp_path / "exploded",)  # type: ignore[return-value]
+
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    assert "pickled weights are never opened" in refusal(folder)
+    (folder / "model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    assert "model.safetensors is not safetensors" in refusal(folder)
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_a_tokenizer_of_another_model(folder: Path) -> None:
+    larger = tiny_models.tokenizer()
+    larger.add_tokens(["zebra"])
+    larger.save_pretrained(folder)
+    count = len(larger)
+    assert f"the tokenizer has {count} tokens, config.json says {count - 1}" in refusal(folder)
+
+
+def test_image_settings(folder: Path) -> None:
+    opened = ModelFolder.open(folder)
+    assert opened.preprocessing(32, crop=False).shortest_edge is None
+    nested = {"image_processor": {"image_mean": [0.1, 0.2, 0.3]}}
+    (folder / "preprocessor_config.json").unlink()
+    (folder / "processor_config.json").write_text(json.dumps(nested))
+    assert opened.preprocessing(32, crop=False).mean == (0.1, 0.2, 0.3)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": "grey"}')
+    assert "image processor config" in refusal(folder)
