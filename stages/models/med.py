@@ -24,6 +24,7 @@ from stages.models.blocks import (
     TextStack,
     VisionConfig,
     VisionTransformer,
+    take_rows,
 )
 from stages.models.losses import (
     MedLosses,
@@ -155,7 +156,7 @@ class Med(nn.Module):
         language: bool = True,
         prompt_length: int = 0,
     ) -> MedLosses:
-        """The losses of one step; also moves the momentum copies and the queues on.
+        """The losses of one step; in train mode also moves momentum copies and queues on.
 
         - ``pixel_values``: (B, 3, S, S); ``input_ids``, ``attention_mask``: (B, L) int64, texts as
           tokenized, ``[CLS]`` first and ``[SEP]`` last; columns that are all padding are dropped.
@@ -206,13 +207,15 @@ class Med(nn.Module):
         """ITC and ITM from (B, T, Dv) image tokens and their `TextStack.cross_kv`."""
         states = self.text_encoder(input_ids, attention_mask, first_only=True)
         online = _Features(
-            F.normalize(self.vision_proj(tokens[:, 0]), dim=-1),
-            F.normalize(self.text_proj(states[:, 0]), dim=-1),
+            _unit(self.vision_proj(tokens[:, 0])), _unit(self.text_proj(states[:, 0]))
         )
         momentum = self._momentum_features(pixel_values, input_ids, attention_mask)
         positives = same_pair(tokens.shape[0], image_ids, tokens.device)
-        itc, i2t, t2i = self._contrastive(online, momentum, positives, image_ids, alpha)
-        self._enqueue(momentum, image_ids, gather)
+        # Scores over a temperature of 0.07 and thousands of candidates want full precision.
+        with torch.autocast(tokens.device.type, enabled=False):
+            itc, i2t, t2i = self._contrastive(online, momentum, positives, image_ids, alpha)
+        if self.training:
+            self._enqueue(momentum, image_ids, gather)
         if negatives is None:
             negatives = draw_negatives(i2t, t2i, positives, generator)
         itm = self._matching(image_kv, input_ids, attention_mask, negatives)
@@ -223,29 +226,29 @@ class Med(nn.Module):
     ) -> Tensor:
         """Mean next-token loss with label smoothing over the tokens that follow the prompt."""
         config = self.config.text
-        states = self.text_decoder.bert(
+        states: Tensor = self.text_decoder.bert(
             _starting_with(config.dec_token_id, input_ids), causal=True, image_kv=image_kv
         )
         # Position t predicts token t + 1; only positions with a target reach the vocabulary.
-        wanted = input_ids[:, 1:] != config.pad_token_id
+        targets = F.pad(input_ids[:, 1:], (0, 1), value=config.pad_token_id).flatten()
+        wanted = targets.view_as(input_ids) != config.pad_token_id
         wanted[:, : max(prompt_length - 1, 0)] = False
-        logits = self.text_decoder.cls.predictions(states[:, :-1][wanted])
-        return F.cross_entropy(
-            logits, input_ids[:, 1:][wanted], label_smoothing=self.config.label_smoothing
-        )
+        places = wanted.flatten().nonzero().squeeze(1)
+        if not len(places):
+            return states.sum() * 0
+        logits = self.text_decoder.cls.predictions(states.flatten(0, 1).index_select(0, places))
+        return F.cross_entropy(logits, targets[places], label_smoothing=self.config.label_smoothing)
 
     @torch.no_grad()
     def _momentum_features(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> _Features:
-        online, copies = map(list, zip(*self._momentum_pairs(), strict=True))
-        torch._foreach_lerp_(copies, online, 1 - self.config.momentum)
+        if self.training:
+            online, copies = map(list, zip(*self._momentum_pairs(), strict=True))
+            torch._foreach_lerp_(copies, online, 1 - self.config.momentum)
         image = self.vision_model_m(pixel_values, first_only=True)[:, 0]
         text = self.text_encoder_m(input_ids, attention_mask, first_only=True)[:, 0]
-        return _Features(
-            F.normalize(self.vision_proj_m(image), dim=-1),
-            F.normalize(self.text_proj_m(text), dim=-1),
-        )
+        return _Features(_unit(self.vision_proj_m(image)), _unit(self.text_proj_m(text)))
 
     def _contrastive(
         self,
@@ -259,9 +262,8 @@ class Med(nn.Module):
         batch = len(online.image)
         with torch.no_grad():
             self.temp.clamp_(*TEMPERATURE_RANGE)
-            dtype = momentum.image.dtype
-            images = torch.cat([momentum.image.T, self.image_queue.to(dtype)], dim=1)
-            texts = torch.cat([momentum.text.T, self.text_queue.to(dtype)], dim=1)
+            images = torch.cat([momentum.image.T, self.image_queue], dim=1)
+            texts = torch.cat([momentum.text.T, self.text_queue], dim=1)
             if image_ids is None:
                 positives = F.pad(positives, (0, self.config.queue_size))
             else:
@@ -287,7 +289,7 @@ class Med(nn.Module):
         states = self.text_encoder(
             _starting_with(self.config.text.enc_token_id, input_ids),
             attention_mask,
-            image_kv=[(key[images], value[images]) for key, value in image_kv],
+            image_kv=take_rows(image_kv, images),
             rows=texts,
             first_only=True,
         )
@@ -306,8 +308,8 @@ class Med(nn.Module):
         size = self.config.queue_size
         slots = torch.arange(min(len(image), size), device=self.queue_ptr.device)
         slots = (slots + self.queue_ptr) % size
-        self.image_queue[:, slots] = image[-size:].T.to(self.image_queue.dtype)
-        self.text_queue[:, slots] = text[-size:].T.to(self.text_queue.dtype)
+        self.image_queue[:, slots] = image[-size:].T
+        self.text_queue[:, slots] = text[-size:].T
         self.image_id_queue[slots] = image_ids[-size:]
         self.queue_ptr.add_(len(slots)).remainder_(size)
 
@@ -326,6 +328,12 @@ def trim(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Drop the columns on the right that are padding in every row."""
     length = int(attention_mask.sum(1).max())
     return input_ids[:, :length], attention_mask[:, :length]
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Vectors of length 1, at least in single precision."""
+    half = features.dtype in (torch.bfloat16, torch.float16)
+    return F.normalize(features.float() if half else features, dim=-1)
 
 
 def _starting_with(token_id: int, input_ids: Tensor) -> Tensor:

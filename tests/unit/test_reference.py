@@ -38,7 +38,8 @@ def runs() -> list[tuple[Path, Path]]:
 def documents(key: str) -> list[Any]:
     """What the folder's JSON files hold under ``key``, one after the other."""
     contents = [json.loads(file.read_text()) for file in sorted(FOLDER.glob("*.json"))]
-    return [case for content in contents for case in content.get(key, [])]
+    dicts = [content for content in contents if isinstance(content, dict)]
+    return [case for content in dicts for case in content.get(key, [])]
 
 
 def test_the_folder_holds_a_reference() -> None:
