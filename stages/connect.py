@@ -1,0 +1,235 @@
+"""Connections that reach only where they may: checked addresses, and waits that end.
+
+An address is resolved once, judged, and that very address is connected to, so that a name server
+which changes its answer in between gains nothing.
+"""
+
+from __future__ import annotations
+
+import http.client
+import io
+import ipaddress
+import socket
+import ssl
+import time
+from collections.abc import Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from urllib.parse import quote, urlsplit
+
+_BUFFER = 1 << 16
+_SAFE_IN_URL = "%/:=&?~+!$,;'@()*[]"
+# Reached from inside Azure although the address is public.
+_METADATA_ADDRESSES = frozenset({"168.63.129.16"})
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+
+
+class FetchError(Exception):
+    """One attempt failed. ``status`` is one of download.STATUSES; ``transient``: may pass."""
+
+    def __init__(self, status: str, detail: str, transient: bool = False) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.transient = transient
+
+
+class Target(NamedTuple):
+    """A URL taken apart for a connection."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+
+
+def parse_url(url: str) -> Target:
+    """The connection that an http(s) URL asks for; non-ASCII parts are encoded.
+
+    Raises:
+        FetchError: invalid_url.
+    """
+    try:
+        parts = urlsplit(url.strip())
+        scheme, host, port = parts.scheme.lower(), parts.hostname, parts.port
+        if scheme not in {"http", "https"}:
+            raise FetchError("invalid_url", f"scheme {scheme[:20]!r}: only http and https")
+        if not host:
+            raise FetchError("invalid_url", "no host name")
+        host = host.encode("idna").decode("ascii")
+        path = quote(parts.path or "/", safe=_SAFE_IN_URL)
+        if parts.query:
+            path += "?" + quote(parts.query, safe=_SAFE_IN_URL)
+    except ValueError as error:
+        raise FetchError("invalid_url", str(error)[:200]) from error
+    return Target(scheme, host, port or (443 if scheme == "https" else 80), path)
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address lies outside: not private, loopback, link-local, multicast, reserved
+    or a cloud's metadata service, also where IPv6 wraps an IPv4 address."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if str(ip) in _METADATA_ADDRESSES:
+        return False
+    if isinstance(ip, ipaddress.IPv6Address):
+        inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
+        if inner is None and ip in _NAT64:
+            inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+
+
+class Connector:
+    """Opens sockets for many threads.
+
+    Args:
+        timeout: seconds for a name look-up, for a connection, and between two arriving pieces.
+        threads: how many look-ups may run at once.
+        connect_to: host → ``address:port`` to connect to instead of what the host resolves to.
+        private_hosts: host names that may resolve to addresses inside the network.
+    """
+
+    def __init__(
+        self,
+        timeout: float,
+        threads: int,
+        connect_to: Mapping[str, str],
+        private_hosts: Collection[str],
+    ) -> None:
+        self._timeout = timeout
+        self._connect_to = connect_to
+        self._private = frozenset(host.lower() for host in private_hosts)
+        self._tls = ssl.create_default_context()
+        # getaddrinfo knows no time-out: it runs where its caller can stop waiting for it.
+        self._resolver = ThreadPoolExecutor(threads, thread_name_prefix="resolve")
+
+    def close(self) -> None:
+        self._resolver.shutdown(wait=False, cancel_futures=True)
+
+    def open(self, target: Target, deadline: float) -> TimedSocket:
+        """A connection to ``target``, unusable after ``deadline`` (of `time.monotonic`).
+
+        Raises:
+            FetchError: dns, timeout, blocked_address or refused.
+            OSError: as sockets do; `translated` names them.
+        """
+        problem: OSError | None = None
+        for family, address in self._addresses(target, deadline):
+            sock = socket.socket(family, socket.SOCK_STREAM)
+            try:
+                return self._opened(sock, address, target, deadline)
+            except OSError as error:
+                sock.close()
+                if isinstance(error, TimeoutError | ssl.SSLError | ConnectionResetError):
+                    raise
+                problem = error
+        raise FetchError("refused", words(problem or OSError("no address")), transient=True)
+
+    def _opened(
+        self, sock: socket.socket, address: Any, target: Target, deadline: float
+    ) -> TimedSocket:
+        sock.settimeout(_left(deadline, self._timeout))
+        sock.connect(address)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if target.scheme == "https":
+            sock.settimeout(_left(deadline, self._timeout))
+            sock = self._tls.wrap_socket(sock, server_hostname=target.host)
+        return TimedSocket(sock, deadline, self._timeout)
+
+    def _addresses(self, target: Target, deadline: float) -> list[tuple[int, Any]]:
+        """(family, socket address) pairs that may be connected to."""
+        override = self._connect_to.get(target.host)
+        if override is not None:
+            host, _, port = override.rpartition(":")
+            return self._resolve(host.strip("[]"), int(port), deadline)
+        found = self._resolve(target.host, target.port, deadline)
+        if target.host in self._private:
+            return found
+        allowed = [(family, address) for family, address in found if is_public(address[0])]
+        if not allowed:
+            inside = ", ".join(sorted({address[0] for _, address in found}))
+            raise FetchError("blocked_address", f"{target.host} is {inside}, inside the network")
+        return allowed
+
+    def _resolve(self, host: str, port: int, deadline: float) -> list[tuple[int, Any]]:
+        future = self._resolver.submit(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+        try:
+            found = future.result(timeout=_left(deadline, self._timeout))
+        except TimeoutError as error:
+            raise FetchError("timeout", f"name look-up of {host}", transient=True) from error
+        except socket.gaierror as error:
+            again = error.errno == socket.EAI_AGAIN
+            raise FetchError("dns", f"{host}: {error.strerror}", transient=again) from error
+        return [(family, address) for family, _, _, _, address in found]
+
+
+class TimedSocket:
+    """What http.client needs of a socket, every wait bounded: by ``timeout`` seconds, and all
+    together by ``deadline``, however slowly bytes drip in."""
+
+    def __init__(self, sock: socket.socket, deadline: float, timeout: float) -> None:
+        self._sock = sock
+        self._deadline = deadline
+        self._timeout = timeout
+
+    def sendall(self, data: bytes) -> None:
+        self._sock.settimeout(_left(self._deadline, self._timeout))
+        self._sock.sendall(data)
+
+    def receive_into(self, buffer: memoryview) -> int:
+        self._sock.settimeout(_left(self._deadline, self._timeout))
+        return self._sock.recv_into(buffer)
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        return io.BufferedReader(_Reader(self), _BUFFER)
+
+    def close(self) -> None:
+        """http.client closes its socket before it reads the last body: `shut` really closes."""
+
+    def shut(self) -> None:
+        self._sock.close()
+
+
+class _Reader(io.RawIOBase):
+    def __init__(self, sock: TimedSocket) -> None:
+        self._sock = sock
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._sock.receive_into(buffer)
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns what sockets and http.client raise into `FetchError`."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise FetchError("timeout", words(error), transient=True) from error
+    except ssl.SSLError as error:
+        raise FetchError("tls", words(error)) from error
+    except http.client.InvalidURL as error:
+        raise FetchError("invalid_url", words(error)) from error
+    except (OSError, http.client.HTTPException) as error:
+        passing = isinstance(error, OSError | http.client.IncompleteRead)
+        raise FetchError("broken_response", words(error), transient=passing) from error
+
+
+def _left(deadline: float, timeout: float) -> float:
+    """Seconds that the next wait may take.
+
+    Raises:
+        TimeoutError: none are left.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("total time is up")
+    return min(left, timeout)
+
+
+def words(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,300 @@
+"""Ingest: source files of any layout to URL shards, cut once.
+
+A file is known by its content, so new files in a watched folder become new shards and old ones
+are never cut again. Rows are streamed: what lies in memory is a few batches, and the index of
+texts already seen, which tells repeats.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+
+from stages import ids
+from stages.annotations import ANNOTATIONS, read_annotations, read_json
+from stages.base import Config, Context, DatasetStage, operational, read_tables
+from stages.errors import SourceError
+from stages.readers import (
+    TABLES,
+    Origin,
+    Record,
+    SourceConfig,
+    SourceFile,
+    readable,
+)
+from stages.schemas import SOURCES
+
+READERS = {**TABLES, "annotations": read_annotations, "json": read_json}
+
+_EXTENSIONS = {
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".tar": "webdataset",
+    ".json": "json",
+}
+_TABLE_FORMATS = frozenset({"parquet", "csv", "tsv", "jsonl"})
+_BATCH_ROWS = 10_000
+_CHUNK = 1 << 20
+
+
+class IngestConfig(Config):
+    """How sources are cut."""
+
+    # A new size applies to new files only: what was cut stays as it is.
+    shard_size: int = operational(1000, ge=1)
+    """Rows of a shard, at most."""
+
+
+class IngestStage(DatasetStage):
+    """Writes ``shard=<six digits>.parquet`` (SOURCES) for the rows of ``files``.
+
+    Inputs: ``seen``, the shards cut earlier; a row that repeats one of theirs is marked. A shard
+    never holds both web and human rows, and the outcome does not depend on the order of ``files``.
+    """
+
+    name = "ingest"
+    version = 1
+
+    def __init__(
+        self, config: IngestConfig, files: Sequence[SourceFile], first_shard: int = 0
+    ) -> None:
+        self.config = config
+        self.files = sorted(files, key=lambda file: (file.origin != "web", file.identity))
+        self.first_shard = first_shard
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        """Raises SourceError: a file cannot be read, is given twice, or a source has no rows."""
+        import pyarrow.parquet as pq
+
+        check_distinct(self.files)
+        seen = seen_rows(inputs.get("seen", ()))
+        shard = self.first_shard
+        for _, group in itertools.groupby(self.files, key=lambda file: file.origin):
+            tables = self._tables(list(group), ctx)
+            for table in cut(tables, self.config.shard_size, seen):
+                pq.write_table(table, output_dir / f"shard={shard:06d}.parquet")
+                shard += 1
+
+    def _tables(self, files: Sequence[SourceFile], ctx: Context) -> Iterator[pa.Table]:
+        rows: dict[str, int] = dict.fromkeys((file.config.path for file in files), 0)
+        for number, file in enumerate(files):
+            ctx.progress(f"reading {PurePosixPath(file.path).name}", number, len(files))
+            for table in read_rows(file):
+                rows[file.config.path] += table.num_rows
+                yield table
+        for path, count in rows.items():
+            if count == 0:
+                raise SourceError(
+                    f"{path}: holds no rows; give a source that does, or leave it out"
+                )
+
+
+def list_files(source: SourceConfig, origin: Origin = "web") -> list[SourceFile]:
+    """The files of a source, sorted by name. Reads each local file once, for its hash.
+
+    ``origin`` is ``human`` for annotated sets; a source of kind ``human`` always is.
+
+    Raises:
+        SourceError: nothing there, or nothing of a known format.
+    """
+    import fsspec
+
+    if source.kind == "human":
+        origin = "human"
+    try:
+        fs, path = fsspec.core.url_to_fs(source.path)
+        base, found = _find(fs, path)
+    except (OSError, ValueError, ImportError) as error:
+        raise SourceError(f"{source.path}: cannot be listed: {error}") from error
+    if not found:
+        raise SourceError(f"{source.path}: no such file, folder or match")
+    chosen = _choose(source, origin, found, single=found == [base])
+    files = []
+    for name, format_ in chosen:
+        identity = f"{_relative(name, base)}:{_content(fs, name)}"
+        local = "file" in _protocols(fs)
+        files.append(
+            SourceFile(
+                name if local else fs.unstrip_protocol(name), identity, format_, origin, source
+            )
+        )
+    return files
+
+
+def read_rows(file: SourceFile) -> Iterator[pa.Table]:
+    """SOURCES tables of at most 10,000 rows, ``repeat_of`` empty, in the file's order.
+
+    Raises:
+        SourceError: the file cannot be read, or a column is missing.
+    """
+    with readable(file.path, file.format):
+        records = READERS[file.format](file)
+        while batch := list(itertools.islice(records, _BATCH_ROWS)):
+            yield pa.Table.from_pylist([_source_row(file, r) for r in batch], schema=SOURCES)
+
+
+def cut(tables: Iterable[pa.Table], shard_size: int, seen: dict[str, str]) -> Iterator[pa.Table]:
+    """Tables of at most ``shard_size`` rows, ``repeat_of`` filled.
+
+    Rows of one image that follow each other stay in one shard where that leaves it half full at
+    least. ``seen`` maps pair ids to the first row that has them; it grows.
+    """
+    pending: list[pa.Table] = []
+    rows = 0
+    for table in tables:
+        pending.append(_marked(table, seen))
+        rows += table.num_rows
+        if rows <= shard_size:
+            continue
+        whole = pa.concat_tables(pending)
+        start = 0
+        while rows - start > shard_size:
+            end = _boundary(whole["sample_id"], start, shard_size)
+            yield whole.slice(start, end - start).combine_chunks()
+            start = end
+        pending, rows = [whole.slice(start)], rows - start
+    if rows:
+        yield pa.concat_tables(pending).combine_chunks()
+
+
+def seen_rows(files: Iterable[Path]) -> dict[str, str]:
+    """Pair id → row_id of the first row that has it, from shards cut earlier."""
+    seen: dict[str, str] = {}
+    columns = ["row_id", "sample_id", "source", "text", "repeat_of"]
+    for table in read_tables(files, columns):
+        for row, sample, source, text, repeat in _lists(table, columns):
+            if repeat is None:
+                seen[ids.pair_id(sample, source, text)] = row
+    return seen
+
+
+def check_distinct(files: Iterable[SourceFile]) -> None:
+    """Raises: SourceError: two files have the same name and content, so that their rows would have
+    the same ids."""
+    known: dict[str, SourceFile] = {}
+    for file in files:
+        other = known.setdefault(file.identity, file)
+        if other is not file:
+            raise SourceError(f"{file.path}: same name and content as {other.path}; give it once")
+
+
+def _find(fs: Any, path: str) -> tuple[str, list[str]]:
+    """(what names are relative to, paths of the files)."""
+    if any(sign in path for sign in "*?[") and not fs.exists(path):
+        fixed = itertools.takewhile(lambda part: not set("*?[") & set(part), path.split("/"))
+        return "/".join(fixed), sorted(name for name in fs.glob(path) if fs.isfile(name))
+    if fs.isdir(path):
+        return path, sorted(fs.find(path))
+    return path, [path] if fs.exists(path) else []
+
+
+def _choose(
+    source: SourceConfig, origin: Origin, names: Sequence[str], single: bool
+) -> list[tuple[str, str]]:
+    """(path, format) of the files that are the source.
+
+    In a folder, the first of these that there are: a JSONL of annotations, tars, tables, text
+    lists, and for human sets JSON. So the statistics beside img2dataset's tars are not rows.
+    """
+    visible = [name for name in names if not PurePosixPath(name).name.startswith((".", "_"))]
+    formats = {name: format_ for name in visible if (format_ := _format(source, name))}
+    groups: list[set[str]] = [{"annotations"}, {"webdataset"}, set(_TABLE_FORMATS), {"text"}]
+    if source.kind == "table":
+        groups = [set(_TABLE_FORMATS), {"text"}]
+    elif source.kind == "webdataset":
+        groups = [{"webdataset"}]
+    elif single or origin == "human":
+        groups.append({"json"})
+    for group in groups:
+        if chosen := [(name, kind) for name, kind in formats.items() if kind in group]:
+            return chosen
+    known = ", ".join(sorted(_EXTENSIONS))
+    what = "" if source.kind == "auto" else f" of kind {source.kind}"
+    raise SourceError(f"{source.path}: no source file{what} there; known are {known} (.gz as well)")
+
+
+def _format(source: SourceConfig, path: str) -> str | None:
+    name = PurePosixPath(path).name.lower()
+    format_ = _EXTENSIONS.get(PurePosixPath(name.removesuffix(".gz")).suffix)
+    annotated = name == ANNOTATIONS and source.kind != "table"
+    if annotated or (format_ == "jsonl" and source.kind == "human"):
+        return "annotations"
+    return format_
+
+
+def _relative(name: str, base: str) -> str:
+    return name.removeprefix(base).strip("/") or PurePosixPath(name).name
+
+
+def _content(fs: Any, path: str) -> str:
+    """What a local file holds, or what its store says that it holds."""
+    if "file" in _protocols(fs):
+        state = hashlib.sha256()
+        with fs.open(path, "rb") as stream:
+            while block := stream.read(_CHUNK):
+                state.update(block)
+        return state.hexdigest()
+    info = fs.info(path)
+    tag = next((info[key] for key in ("ETag", "etag", "md5Hash", "md5") if info.get(key)), "")
+    return f"{str(tag).strip(chr(34))}:{info.get('size')}"
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _source_row(file: SourceFile, record: Record) -> dict[str, str | None]:
+    row = ids.row_id(file.identity, record.number)
+    url = None if record.url is None else _valid(record.url)
+    if url is not None:
+        image = url
+    elif record.sha256 is not None:
+        image = ids.media_url(record.sha256)
+    else:
+        image = f"row:{row}" if record.media is None else f"file:{record.media}"
+    return {
+        "row_id": row,
+        "sample_id": ids.sample_id(image),
+        "source": file.origin,
+        "url": url,
+        "media": record.media,
+        "text": _valid(record.text),
+        "repeat_of": None,
+    }
+
+
+def _valid(text: str) -> str:
+    """JSON can hold half a character (a lone surrogate), Arrow cannot."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _marked(table: pa.Table, seen: dict[str, str]) -> pa.Table:
+    columns = ["row_id", "sample_id", "source", "text"]
+    repeats: list[str | None] = []
+    for row, sample, source, text in _lists(table, columns):
+        first = seen.setdefault(ids.pair_id(sample, source, text), row)
+        repeats.append(None if first == row else first)
+    index = table.schema.get_field_index("repeat_of")
+    return table.set_column(index, SOURCES.field("repeat_of"), pa.array(repeats, pa.string()))
+
+
+def _boundary(samples: pa.ChunkedArray, start: int, size: int) -> int:
+    """Where the shard that begins at ``start`` ends: at most ``size`` rows on."""
+    window = samples.slice(start, size + 1).to_pylist()
+    end = size
+    while end > size // 2 and window[end] == window[end - 1]:
+        end -= 1
+    return start + (end if end > size // 2 else size)
+
+
+def _lists(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table[name].to_pylist() for name in columns), strict=True)

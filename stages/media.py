@@ -1,0 +1,95 @@
+"""Images that lie in files: beside a human-annotated set, or in the tars of a WebDataset.
+
+A ``media`` name is ``<file>`` or ``<tar>#<member>``, a local path or an fsspec URL. Only ingest
+writes such names, never a text from the web.
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
+
+_TAR_MEMBER = re.compile(r"^(.*?\.tar(?:\.gz)?)#(.*)$", re.DOTALL)
+
+
+def member_name(tar: str, member: str) -> str:
+    return f"{tar}#{member}"
+
+
+def split_name(media: str) -> tuple[str, str | None]:
+    """(file, None) or (tar, member)."""
+    found = _TAR_MEMBER.match(media)
+    return (found[1], found[2]) if found else (media, None)
+
+
+def read(media: str, max_bytes: int | None = None) -> bytes:
+    """The bytes of one file (not of a tar's member); with ``max_bytes``, at most one byte more.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    import fsspec
+
+    with fsspec.open(media, "rb") as file:
+        data: bytes = file.read(-1 if max_bytes is None else max_bytes + 1)
+    return data
+
+
+def read_many(
+    names: Iterable[str], max_bytes: int | None = None
+) -> Iterator[tuple[str, bytes | OSError]]:
+    """(name, bytes or why not) for each distinct name. Each tar is passed through once."""
+    tars: dict[str, dict[str, str]] = {}
+    for name in dict.fromkeys(names):
+        path, member = split_name(name)
+        if member is not None:
+            tars.setdefault(path, {})[member] = name
+            continue
+        try:
+            yield name, read(name, max_bytes)
+        except OSError as error:
+            yield name, error
+    for tar, wanted in tars.items():
+        yield from _read_members(tar, wanted, max_bytes)
+
+
+def tar_members(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
+    """The regular files of a tar in order, in one pass.
+
+    Raises:
+        OSError, tarfile.TarError, EOFError: it cannot be read.
+    """
+    import fsspec
+
+    with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+        for member in tar:
+            if member.isfile():
+                yield tar, member
+            tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every header
+
+
+def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int | None = None) -> bytes:
+    file: Any = tar.extractfile(member)
+    data: bytes = file.read(-1 if limit is None else limit + 1)
+    return data
+
+
+def _read_members(
+    path: str, wanted: dict[str, str], max_bytes: int | None
+) -> Iterator[tuple[str, bytes | OSError]]:
+    problem: OSError | None = None
+    try:
+        for tar, member in tar_members(path):
+            name = wanted.pop(member.name, None)
+            if name is not None:
+                yield name, member_bytes(tar, member, max_bytes)
+            if not wanted:
+                return
+    except (OSError, tarfile.TarError, EOFError) as error:
+        problem = error if isinstance(error, OSError) else OSError(f"{path}: {error}")
+    for member_left, name in wanted.items():
+        yield name, problem or FileNotFoundError(f"no member {member_left} in {path}")

@@ -1,0 +1,313 @@
+"""Source formats: each file, whatever its layout, as a stream of `Record`.
+
+| format | what it is |
+| --- | --- |
+| parquet, csv, tsv, jsonl | tables with a URL and a text column: LAION, COYO, DataComp, CC3M, … |
+| text | one URL a line, perhaps a tab and a caption |
+| webdataset | tars of images beside .txt, .caption or .json files |
+| annotations, json | human sets: see `stages.annotations` |
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import itertools
+import json
+import tarfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import Field, field_validator
+
+from stages import media
+from stages.base import Config
+from stages.errors import SourceError
+
+Kind = Literal["auto", "table", "webdataset", "human"]
+Origin = Literal["web", "human"]
+
+URL_NAMES = ("url", "image_url", "img_url", "image_link", "photo_url", "uri")
+TEXT_NAMES = ("text", "caption", "alt_text", "alt", "captions", "title", "description")
+
+_LOOK_AHEAD = 100  # rows of a JSONL or text file that decide what it holds
+_BATCH_ROWS = 10_000
+_LONGEST_FIELD = 16 * 1024 * 1024
+
+
+class SourceConfig(Config):
+    """Where rows come from."""
+
+    path: str = Field(min_length=1)
+    """A file, a folder, or a glob; local or any fsspec URL."""
+    kind: Kind = "auto"
+    """``auto`` goes by the file's extension; ``human`` means an annotated set."""
+    url_column: str | None = None
+    """Column that holds the URL. None: recognised by name, whatever its case."""
+    text_column: str | None = None
+    split: tuple[str, ...] = ()
+    """Karpathy-style JSON: only images of these splits. Empty: all."""
+    image_root: str | None = None
+    """Human sets: folder that image file names are relative to. None: the folder of the
+    annotations; COCO images that say where they lie on the web are then fetched there."""
+
+    @field_validator("split", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a source. ``identity`` names its content: name in the source and hash, never a
+    time, so that a copied or touched file is the same file."""
+
+    path: str
+    """Absolute, or an fsspec URL."""
+    identity: str
+    format: str
+    origin: Origin
+    """Whose texts these are: ``source`` of every row."""
+    config: SourceConfig
+
+
+class Record(NamedTuple):
+    """One row of a source."""
+
+    number: int
+    """Place in the file, counted before any filter."""
+    url: str | None
+    text: str
+    media: str | None = None
+    sha256: str | None = None
+    """Of the image's bytes, where ``media`` could be read."""
+
+
+class Columns(NamedTuple):
+    url: str
+    text: str
+
+
+def read_parquet(file: SourceFile) -> Iterator[Record]:
+    import fsspec
+    import pyarrow.parquet as pq
+
+    with fsspec.open(file.path, "rb") as stream:
+        table = pq.ParquetFile(stream)
+        columns = find_columns(file, table.schema_arrow.names)
+        for name in columns:
+            _check_type(file, name, table.schema_arrow.field(name).type)
+        batches = table.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(columns)))
+        numbers = itertools.count()
+        for batch in batches:
+            urls, texts = (batch.column(name).to_pylist() for name in columns)
+            for number, url, text in zip(numbers, urls, texts, strict=False):
+                yield _row(number, url, text)
+
+
+def read_csv(file: SourceFile) -> Iterator[Record]:
+    """CSV, or TSV where that is the file's format; with a header or, as CC3M and CC12M, without:
+    then the first column that looks like a URL is one, and the other the text."""
+    tabs = file.format == "tsv"
+    with _open_text(file.path) as stream:
+        first = next((line for line in stream if line.strip()), "")
+        names = next(csv.reader([first], delimiter="\t" if tabs else ","), [])
+        headless = file.config.url_column is None and any(map(_is_url, names))
+        # Lists without a header were written without quoting: a quote is part of the text there.
+        quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs and headless else csv.QUOTE_MINIMAL
+        if headless:
+            url = next(i for i, name in enumerate(names) if _is_url(name))
+            text = 0 if url else 1
+        elif names:
+            columns = find_columns(file, names)
+            url, text = names.index(columns.url), names.index(columns.text)
+        csv.field_size_limit(_LONGEST_FIELD)
+        lines = itertools.chain([first], stream) if headless else stream
+        rows = csv.reader(lines, delimiter="\t" if tabs else ",", quoting=quoting)
+        for number, row in enumerate(row for row in rows if row):
+            cells = dict(enumerate(row))
+            yield _row(number, cells.get(url), cells.get(text))
+
+
+def read_jsonl(file: SourceFile) -> Iterator[Record]:
+    rows = json_lines(file.path)
+    ahead = list(itertools.islice(rows, _LOOK_AHEAD))
+    if not ahead:
+        return
+    columns = find_columns(file, list(dict.fromkeys(name for row in ahead for name in row)))
+    numbers = itertools.count()
+    for row in itertools.chain(ahead, rows):
+        for text in _texts(row.get(columns.text)):
+            yield _row(next(numbers), row.get(columns.url), text)
+
+
+def read_text(file: SourceFile) -> Iterator[Record]:
+    with _open_text(file.path) as stream:
+        lines = (line.rstrip("\r\n") for line in stream)
+        filled = (line.split("\t") for line in lines if line.strip())
+        ahead = list(itertools.islice(filled, _LOOK_AHEAD))
+        if ahead and not any(_is_url(cell) for cells in ahead for cell in cells):
+            raise SourceError(f"{file.path}: no URL in its first lines; expected one URL a line")
+        for number, cells in enumerate(itertools.chain(ahead, filled)):
+            url, *rest = cells
+            if rest and not _is_url(url) and _is_url(rest[0]):
+                url, rest[0] = rest[0], url
+            yield _row(number, url, rest[0] if rest else "")
+
+
+def read_webdataset(file: SourceFile) -> Iterator[Record]:
+    """Members with the same name up to the first dot are one sample, in sequence."""
+    numbers = itertools.count()
+    for _, members in itertools.groupby(_members(file.path), key=lambda member: member[0]):
+        image: tuple[str, str] | None = None
+        texts: dict[str, list[str]] = {}
+        for _, name, extension, data in members:
+            if extension in media.IMAGE_EXTENSIONS:
+                image = image or (name, hashlib.sha256(data).hexdigest())
+            else:
+                texts[extension] = _member_texts(extension, data, file.config.text_column)
+        for text in next(
+            (texts[kind] for kind in ("txt", "caption", "json") if kind in texts), [""]
+        ):
+            if image is None:
+                yield Record(next(numbers), None, text)
+            else:
+                place = media.member_name(file.path, image[0])
+                yield Record(next(numbers), None, text, place, image[1])
+
+
+def find_columns(file: SourceFile, names: Sequence[str]) -> Columns:
+    """The columns that hold URL and text: those configured, else the first known name.
+
+    Raises:
+        SourceError: one is missing; says which there are.
+    """
+    found = []
+    wanted = (
+        ("url", file.config.url_column, URL_NAMES),
+        ("text", file.config.text_column, TEXT_NAMES),
+    )
+    lower = {name.strip().lower(): name for name in reversed(names)}
+    for what, configured, known in wanted:
+        if configured is not None:
+            name = configured if configured in names else None
+        else:
+            name = next((lower[candidate] for candidate in known if candidate in lower), None)
+        if name is None:
+            sought = configured or f"for the {what} (looked for {', '.join(known)})"
+            there = ", ".join(name[:40] for name in names[:20]) or "none"
+            raise SourceError(
+                f"{file.path}: no column {sought}; there are: {there}; set {what}_column"
+            )
+        found.append(name)
+    return Columns(*found)
+
+
+def json_lines(path: str) -> Iterator[Mapping[str, Any]]:
+    """The objects of a JSONL file. A line that is none gives an empty one: a row, not an error,
+    unless it is the first."""
+    with _open_text(path) as stream:
+        lines = (line for line in stream if line.strip())
+        for number, line in enumerate(lines):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                if number == 0:
+                    raise
+                row = None
+            if not isinstance(row, dict) and number == 0:
+                raise ValueError("its lines must be JSON objects")
+            yield row if isinstance(row, dict) else {}
+
+
+@contextmanager
+def readable(path: str, format: str) -> Iterator[None]:
+    """Turns what parsers raise into `SourceError`."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise SourceError(f"{path}: no such file") from error
+    except (OSError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
+        raise SourceError(f"{path}: cannot be read as {format}: {_line(error)}") from error
+    except (pa.ArrowException, csv.Error, ValueError) as error:
+        raise SourceError(f"{path}: not a valid {format} file: {_line(error)}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        detail = f"{type(error).__name__} {_line(error)}"
+        raise SourceError(f"{path}: not a known layout of {format}: {detail}") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+@contextmanager
+def _open_text(path: str) -> Iterator[Any]:
+    import fsspec
+
+    with fsspec.open(
+        path, "rt", encoding="utf-8-sig", errors="replace", newline="", compression="infer"
+    ) as stream:
+        yield stream
+
+
+def _row(number: int, url: object, text: object) -> Record:
+    address = str(url).strip() if url is not None else ""
+    return Record(number, address or None, "" if text is None else str(text))
+
+
+def _is_url(cell: str) -> bool:
+    return cell.strip().lower().startswith(("http://", "https://"))
+
+
+def _check_type(file: SourceFile, name: str, kind: pa.DataType) -> None:
+    strings = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    value = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if not (any(test(value) for test in strings) or pa.types.is_null(value)):
+        raise SourceError(f"{file.path}: column {name} holds {kind}, not text; name another column")
+
+
+def _members(path: str) -> Iterator[tuple[str, str, str, bytes]]:
+    """(key of the sample, member name, extension, content) of the files that matter."""
+    wanted = media.IMAGE_EXTENSIONS | {"txt", "caption", "json"}
+    for tar, member in media.tar_members(path):
+        folder, _, name = member.name.rpartition("/")
+        key, _, extension = name.partition(".")
+        if extension.lower() in wanted:
+            content = media.member_bytes(tar, member)
+            yield f"{folder}/{key}", member.name, extension.lower(), content
+
+
+def _member_texts(extension: str, data: bytes, column: str | None) -> list[str]:
+    text = data.decode("utf-8", "replace")
+    if extension != "json":
+        return [text]
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError:
+        return [""]
+    if not isinstance(fields, dict):
+        return [""]
+    lower = {str(name).lower(): value for name, value in fields.items()}
+    names: Iterable[str] = (column.lower(),) if column else TEXT_NAMES
+    found = next((lower[name] for name in names if lower.get(name) is not None), None)
+    return ["" if text is None else str(text) for text in _texts(found)]
+
+
+def _texts(value: object) -> list[object]:
+    """One row for each text; a row without text stays a row."""
+    return (value or [""]) if isinstance(value, list) else [value]
+
+
+TABLES: Mapping[str, Callable[[SourceFile], Iterator[Record]]] = {
+    "parquet": read_parquet,
+    "csv": read_csv,
+    "tsv": read_csv,
+    "jsonl": read_jsonl,
+    "text": read_text,
+    "webdataset": read_webdataset,
+}

@@ -1,0 +1,183 @@
+"""Every table layout of the field, read from real files."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from stages.errors import SourceError
+from stages.ingest import list_files, read_rows
+from stages.readers import SourceConfig
+from tests.servers import picture
+
+A, B = "http://a.test/1.jpg", "https://b.test/2.png"
+
+
+def read(path: Path, **options: object) -> list[tuple[str | None, str]]:
+    """(url, text) of every row of a source."""
+    files = list_files(SourceConfig(path=str(path), **options))
+    rows = [row for file in files for table in read_rows(file) for row in table.to_pylist()]
+    return [(row["url"], row["text"]) for row in rows]
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("url", "text"),
+    [("URL", "TEXT"), ("url", "caption"), ("url", "text"), ("image_url", "Caption")],
+    ids=["laion", "img2dataset", "coyo-datacomp", "hub"],
+)
+def test_well_known_parquet_columns_are_recognised(tmp_path: Path, url: str, text: str) -> None:
+    table = pa.table({"similarity": [0.3, 0.2], url: [A, B], text: ["a cat", None]})
+    pq.write_table(table, tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet") == [(A, "a cat"), (B, "")]
+
+
+def test_configured_columns_win_over_known_names(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": [A], "mirror": [B], "text": ["t"]}), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet", url_column="mirror") == [(B, "t")]
+
+
+def test_parquet_streams_in_batches_with_running_numbers(tmp_path: Path) -> None:
+    urls = [f"http://a.test/{i}" for i in range(25_000)]
+    pq.write_table(pa.table({"url": urls, "text": urls}), tmp_path / "x.parquet")
+    (file,) = list_files(SourceConfig(path=str(tmp_path / "x.parquet")))
+    tables = list(read_rows(file))
+    assert [table.num_rows for table in tables] == [10_000, 10_000, 5_000]
+    assert len({row for table in tables for row in table["row_id"].to_pylist()}) == 25_000
+
+
+@pytest.mark.parametrize(
+    "line", [f"a cat, sleeping\t{A}", f"{A}\ta cat, sleeping"], ids=["cc3m", "cc12m"]
+)
+def test_tsv_without_header_finds_the_url_and_keeps_quotes(tmp_path: Path, line: str) -> None:
+    quoted = line.replace("a cat", '"a cat')
+    (tmp_path / "x.tsv").write_text(f"{line}\n{quoted}\n{line}\n")
+    expected = [(A, "a cat, sleeping"), (A, '"a cat, sleeping'), (A, "a cat, sleeping")]
+    assert read(tmp_path / "x.tsv") == expected
+
+
+def test_csv_with_header_quotes_newlines_and_ragged_rows(tmp_path: Path) -> None:
+    with (tmp_path / "x.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows(
+            [["id", "URL", "TEXT"], [1, A, 'two\nlines, "quoted"'], [2], [3, B, "שלום 🐈"]]
+        )
+    assert read(tmp_path / "x.csv") == [
+        (A, 'two\nlines, "quoted"'),
+        (None, ""),
+        (B, "שלום 🐈"),
+    ]
+
+
+def test_very_long_text_and_bad_utf8_are_rows(tmp_path: Path) -> None:
+    words = "word " * 100_000
+    (tmp_path / "x.csv").write_bytes(f"url,text\n{A},{words}\n{B},".encode() + b"\xff\xfe\n")
+    (_, long), (_, bad) = read(tmp_path / "x.csv")
+    assert long == words
+    assert bad == "\ufffd\ufffd"
+
+
+def test_jsonl_gz_with_a_broken_line_and_half_a_character(tmp_path: Path) -> None:
+    lines = [json.dumps({"url": A, "text": "ok \ud83d"}), "{broken", "[1]", json.dumps({"url": B})]
+    with gzip.open(tmp_path / "x.jsonl.gz", "wt") as file:
+        file.write("\n".join(lines))
+    assert read(tmp_path / "x.jsonl.gz") == [(A, "ok ?"), (None, ""), (None, ""), (B, "")]
+
+
+def test_jsonl_with_several_texts_gives_a_row_for_each(tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(json.dumps({"url": A, "captions": ["one", "two"]}))
+    assert read(tmp_path / "x.jsonl") == [(A, "one"), (A, "two")]
+
+
+def test_text_list_with_and_without_captions(tmp_path: Path) -> None:
+    (tmp_path / "x.txt").write_text(f"{A}\n\n{B}\ta dog\nnot a url\n")
+    assert read(tmp_path / "x.txt") == [(A, ""), (B, "a dog"), ("not a url", "")]
+
+
+def test_webdataset_samples_with_each_kind_of_text(tmp_path: Path) -> None:
+    image = picture()
+    members = {
+        "./000.jpg": image,
+        "./000.txt": b"from txt",
+        "./000.json": b'{"caption": "from json"}',
+        "./001.json": b'{"TEXT": "only json"}',
+        "./001.webp": picture(seed=1, format="WEBP"),
+        "./002.txt": b"no image",
+        "./003.png": picture(seed=2, format="PNG"),
+        "./004.cls": b"7",
+    }
+    tar(tmp_path / "a.tar", members)
+    (file,) = list_files(SourceConfig(path=str(tmp_path)))
+    rows = [row for table in read_rows(file) for row in table.to_pylist()]
+    assert [row["text"] for row in rows] == ["from txt", "only json", "no image", ""]
+    members_read = [row["media"] and row["media"].partition("#")[2] for row in rows]
+    assert members_read == ["./000.jpg", "./001.webp", None, "./003.png"]
+    assert all(row["url"] is None for row in rows)
+
+
+def test_tables_beside_tars_are_read_only_when_asked_for(tmp_path: Path) -> None:
+    tar(tmp_path / "00000.tar", {"0.jpg": picture(), "0.txt": b"in the tar"})
+    pq.write_table(pa.table({"url": [A], "caption": ["in the table"]}), tmp_path / "00000.parquet")
+    (tmp_path / "00000_stats.json").write_text("{}")
+    assert read(tmp_path) == [(None, "in the tar")]
+    assert read(tmp_path, kind="table") == [(A, "in the table")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"link,words\n1,2\n", "no column for the url .*there are: link, words"),
+        ("x.csv", b"url,words\n1,2\n", "no column for the text .*there are: url, words"),
+        ("x.parquet", b"PAR1 broken", "not a valid parquet file"),
+        ("x.jsonl", b"{broken", "not a valid jsonl file"),
+        ("x.jsonl", b"[1]\n", "must be JSON objects"),
+        ("x.tar", b"not a tar" * 200, "cannot be read as webdataset"),
+        ("x.csv.gz", b"not gzip", "cannot be read as csv"),
+        ("x.txt", b"Read me first.\n", "no URL in its first lines"),
+    ],
+)
+def test_unreadable_files_are_one_line(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=message) as caught:
+        read(tmp_path / name)
+    assert str(tmp_path / name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_configured_column_that_is_missing_is_named(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": [A], "text": ["t"]}), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="no column alt; there are: url, text; set text_column"):
+        read(tmp_path / "x.parquet", text_column="alt")
+
+
+def test_a_column_of_another_type_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"url": [A], "text": [1.5]}), tmp_path / "x.parquet")
+    with pytest.raises(SourceError, match="column text holds double"):
+        read(tmp_path / "x.parquet")
+
+
+@pytest.mark.skipif("CAPFILT_TEST_DATA" not in os.environ, reason="CAPFILT_TEST_DATA is unset")
+def test_real_alt_text_files() -> None:
+    folder = Path(os.environ["CAPFILT_TEST_DATA"]) / "alt_text"
+    laion = read(folder / "img2dataset_test_1000.parquet")
+    cc3m = read(folder / "cc3m_validation_6000.tsv")
+    assert (len(laion), len(cc3m)) == (1000, 6000)
+    assert all(url and url.startswith("http") for url, _ in laion + cc3m)
+    assert sum(bool(text) for _, text in laion + cc3m) > 6900
