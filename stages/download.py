@@ -68,8 +68,8 @@ class DownloadConfig(FetchConfig):
     )
     """As in img2dataset. Images are never enlarged."""
     encode_format: Literal["jpg", "png", "webp"] = "jpg"
-    encode_quality: int = Field(95, ge=0, le=100)
-    """JPEG and WebP: 0 to 100. PNG: compression level, 0 to 9."""
+    encode_quality: int | None = Field(None, ge=0, le=100)
+    """JPEG and WebP: 0 to 100, None is 95. PNG: compression level, 0 to 9, None is 6."""
     min_image_size: int = Field(1, ge=1)
     """Pixels of the shorter side, as downloaded, below which an image is ``too_small``."""
     max_aspect_ratio: float = Field(20.0, ge=1)
@@ -82,12 +82,18 @@ class DownloadConfig(FetchConfig):
 
     @model_validator(mode="after")
     def _png_levels(self) -> DownloadConfig:
-        if self.encode_format == "png" and self.encode_quality > 9:
+        if self.encode_format == "png" and (self.encode_quality or 0) > 9:
             raise ValueError(
                 f"encode_quality: {self.encode_quality} is not allowed: "
                 "with encode_format png it is the compression level, 0 to 9"
             )
         return self
+
+    @property
+    def quality(self) -> int:
+        if self.encode_quality is not None:
+            return self.encode_quality
+        return 6 if self.encode_format == "png" else 95
 
 
 @dataclass(frozen=True)
@@ -195,7 +201,7 @@ class ImageKeeper:
             image_size=config.image_size,
             resize_mode=config.resize_mode,
             resize_only_if_bigger=True,
-            encode_quality=config.encode_quality,
+            encode_quality=config.quality,
             encode_format=config.encode_format,
         )
 

@@ -307,7 +307,9 @@ def test_resizing_leaves_the_output_of_the_process_alone(capfd: pytest.CaptureFi
 
 def test_png_quality_is_a_level() -> None:
     with pytest.raises(ValidationError, match="compression level, 0 to 9"):
-        DownloadConfig(encode_format="png")
+        DownloadConfig(encode_format="png", encode_quality=95)
+    assert DownloadConfig(encode_format="png").quality == 6
+    assert DownloadConfig(encode_format="png", encode_quality=0).quality == 0
 
 
 def test_only_what_changes_rows_is_fingerprinted() -> None:
