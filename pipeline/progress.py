@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+from pipeline.terminal import breakdown, clean, console, duration
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_SECONDS = 5.0
+_BAR = 16
 
 
 @dataclass
@@ -19,3 +34,246 @@ class Notices:
     """(stage, shard) → (class name, message) of what it raised."""
     progress: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """Whole-round stage → (message, done, total)."""
+
+
+@dataclass
+class _Stage:
+    """One stage on the screen. Times are of the monotonic clock, in seconds."""
+
+    name: str
+    total: int
+    before: int
+    """Of ``total``, what was published before this run began."""
+    begun: float
+    done: int = 0
+    """Shards ended in this run."""
+    counts: dict[str, int] = field(default_factory=dict)
+    """Rows of this run by status."""
+    step: tuple[str, int, int] | None = None
+    """Whole-round stages: message, done, total."""
+    shards: bool = False
+    """It tells of shards, so it may share its time with other stages."""
+    first: float | None = None
+    """When it first gave a sign of life; None while it waits."""
+    last: float = 0.0
+    """When it last ended a shard."""
+    said: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Rows a second since the first sign of life; 0 while unknown."""
+        seconds = self.last - self.first if self.first is not None else 0.0
+        return sum(self.counts.values()) / seconds if seconds > 0 else 0.0
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """(done, total) for the bar."""
+        if self.step is not None:
+            return self.step[1], self.step[2]
+        return self.before + self.done, self.total
+
+
+class Screen:
+    """Shows the stages of a round as they go on; a ``with`` block brings the terminal back.
+
+    `update` may be called from another thread. Texts may hold anything: they are cleaned here.
+
+    Args:
+        file: where to; None is the standard output.
+        live: redraw lines in place; None does so in a terminal only.
+        seconds: outside a terminal, how often a stage may speak.
+    """
+
+    def __init__(
+        self, file: TextIO | None = None, live: bool | None = None, seconds: float = _SECONDS
+    ) -> None:
+        self._file = file or sys.stdout
+        capable = self._file.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = _Live(self) if (capable if live is None else live) else None
+        self._seconds = seconds
+        self._lock = threading.RLock()
+        self._stages: dict[str, _Stage] = {}
+        self._told: set[tuple[str, str, str]] = set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    @property
+    def file(self) -> TextIO:
+        return self._file
+
+    def begin_round(self, round: int, title: str) -> None:
+        with self._lock:
+            self._stages.clear()
+            self._told.clear()
+        self.note(f"round {round}: {title}")
+
+    def begin(self, stage: str, total: int, done: int = 0) -> None:
+        """A stage of ``total`` shards (1 where it takes the whole round), ``done`` published."""
+        with self._lock:
+            self._stages[stage] = _Stage(stage, total, done, time.monotonic())
+            if self._live is not None:
+                self._live.start()
+
+    def update(self, notices: Notices) -> None:
+        """Show what the workers have told by now."""
+        now = time.monotonic()
+        with self._lock:
+            for stage in self._stages.values():
+                _take(stage, notices, now)
+            for (name, shard), (kind, message) in list(notices.errors.items()):
+                self._tell(name, shard, f"{kind}: {message}")
+            if self._live is None:
+                self._speak(now)
+
+    def end(self, stage: str, seconds: float | None = None, line: str = "") -> None:
+        """The stage is published as a whole; ``line`` says what is worth saying about it."""
+        now = time.monotonic()
+        with self._lock:
+            ended = self._stages.pop(stage, None) or _Stage(stage, 1, 0, now)
+            took = self._took(ended, now) if seconds is None else seconds
+        self.note(f"  {stage:<18}  {_summary(ended, took)}{f'; {line}' if line else ''}")
+
+    def note(self, line: str) -> None:
+        """One line that stays."""
+        indent = " " * (len(line) - len(line.lstrip(" ")))
+        with self._lock:
+            self._print(f"{indent}{clean(line)}")
+
+    def render(self) -> Table:
+        """The stages that are not ended, one line each, with bars."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 1), expand=True)
+        table.add_column(width=20)
+        table.add_column(width=_BAR)
+        table.add_column(width=11, justify="right", no_wrap=True)
+        table.add_column(ratio=1, no_wrap=True)
+        now = time.monotonic()
+        with self._lock:
+            for stage in self._stages.values():
+                done, total = stage.share
+                bar = ProgressBar(total=max(total, 1), completed=done, width=_BAR)
+                detail = Text(_detail(stage, now), no_wrap=True, overflow="ellipsis")
+                table.add_row(Text(f"  {clean(stage.name)}"), bar, Text(f"{done}/{total}"), detail)
+        return table
+
+    def _tell(self, stage: str, shard: str, problem: str) -> None:
+        if (stage, shard, problem) not in self._told:
+            self._told.add((stage, shard, problem))
+            self.note(f"  {stage} shard {shard}: {clean(problem, 200)}")
+
+    def _speak(self, now: float) -> None:
+        """Plain lines of the stages that moved and have been silent for long enough."""
+        for stage in self._stages.values():
+            if stage.first is None or now - max(stage.said, stage.first) < self._seconds:
+                continue
+            stage.said = now
+            done, total = stage.share
+            self.note(f"  {stage.name:<18}  {done}/{total}  {_detail(stage, now)}")
+
+    def _took(self, ended: _Stage, now: float) -> float:
+        """Seconds that the stage was at work, as far as its signs tell."""
+        if ended.shards:
+            return ended.last - (ended.first or ended.last)
+        # Stages that are begun together follow each other: the next one's first sign ends this.
+        following = [s.first for s in self._stages.values() if s.first is not None]
+        return min([now, *following]) - (ended.first or ended.begun)
+
+    def _print(self, line: str) -> None:
+        if self._live is not None:
+            self._live.print(line)
+            return
+        moment = time.strftime("%Y-%m-%d %H:%M:%S")
+        print(f"{moment} {line}", file=self._file, flush=True)
+
+
+class _Live:
+    """rich's live region at the foot of a terminal; lines that stay scroll by above it."""
+
+    def __init__(self, screen: Screen) -> None:
+        from rich.live import Live
+
+        self._console = console(screen.file)
+        self._live = Live(
+            get_renderable=screen.render,
+            console=self._console,
+            transient=True,
+            refresh_per_second=4,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+
+    def start(self) -> None:
+        if not self._live.is_started:
+            self._live.start()
+
+    def stop(self) -> None:
+        self._live.stop()
+
+    def print(self, line: str) -> None:
+        from rich.text import Text
+
+        self._console.print(Text(line))
+
+
+def _take(stage: _Stage, notices: Notices, now: float) -> None:
+    """Bring one stage up to what the notices say."""
+    done = notices.done.get(stage.name, 0)
+    runs = done > 0 or any(name == stage.name for name, _ in list(notices.running))
+    stage.shards = stage.shards or runs
+    if stage.name in notices.progress:
+        stage.step = notices.progress[stage.name]
+    if stage.first is None and (runs or stage.step is not None):
+        stage.first = now
+    if done != stage.done:
+        stage.done, stage.last = done, now
+    stage.counts = dict(notices.counts.get(stage.name, {}))
+
+
+def _detail(stage: _Stage, now: float) -> str:
+    """What stands behind the bar."""
+    if stage.first is None:
+        return "published" if stage.before >= stage.total else "waits"
+    return "  ".join(_details(stage, now))
+
+
+def _details(stage: _Stage, now: float) -> Iterator[str]:
+    assert stage.first is not None
+    elapsed = now - stage.first
+    if stage.step is not None:
+        yield clean(stage.step[0], 60)
+    if stage.shards:
+        yield f"{sum(stage.counts.values()):,} rows"
+    if stage.rate:
+        yield f"{stage.rate:,.1f} rows/s"
+    done, total = stage.share
+    fresh = done - stage.before if stage.shards else done
+    yield duration(elapsed)
+    if fresh > 0 and done < total and elapsed > 2:
+        yield f"{duration(elapsed / fresh * (total - done))} left"
+
+
+def _summary(stage: _Stage, seconds: float) -> str:
+    """What is said of a stage at its end."""
+    if stage.before >= stage.total:
+        return "already published"
+    parts = []
+    if stage.total != 1:
+        earlier = f" ({stage.before} of them earlier)" if stage.before else ""
+        parts.append(f"{stage.total} shards{earlier}")
+    if stage.counts:
+        parts.append(f"rows {breakdown(stage.counts)}")
+    parts.append(duration(seconds))
+    return "; ".join(parts)

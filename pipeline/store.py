@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.implementations.local
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from stages.base import Config, fingerprinted
 from stages.errors import StoreError
@@ -56,9 +57,9 @@ class Record(Config):
     """Six digits, or ``all`` for a stage that sees the whole round."""
     fingerprint: str
     payloads: tuple[Payload, ...]
-    counts: dict[str, int] = {}
+    counts: dict[str, int] = Field(default_factory=dict)
     """Rows by status."""
-    details: dict[str, str] = {}
+    details: dict[str, str] = Field(default_factory=dict)
     """What the stage wants known: weights hash, batch size, device, failure."""
     code_version: str
     started: float
@@ -107,7 +108,8 @@ class Store:
     def __init__(self, url: str) -> None:
         self.url = url
         try:
-            self.fs, self.root = fsspec.core.url_to_fs(url)
+            # Other processes write here too, so a listing that is kept would soon be wrong.
+            self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
         except (ImportError, ValueError, OSError) as error:
             raise StoreError(
                 f"run folder {url!r}: {error}; use a local path or an s3:// or gs:// URL"
@@ -115,7 +117,8 @@ class Store:
         self.root = str(self.root).rstrip("/")
 
     def __reduce__(self) -> tuple[type[Store], tuple[str]]:
-        return Store, (self.url,)
+        # A relative path would mean another folder in a worker that runs elsewhere.
+        return Store, (self.root if self.is_local else self.url,)
 
     @property
     def is_local(self) -> bool:
@@ -139,12 +142,19 @@ class Store:
         except FileNotFoundError as error:
             raise StoreError(f"run folder {self.url!r}: {doing}: not found: {error}") from error
         except OSError as error:
-            raise StoreError(f"run folder {self.url!r}: {doing}: {error}") from error
+            raise StoreError(f"run folder {self.url!r}: {doing}: {_one_line(error)}") from error
         except Exception as error:
             # botocore's errors derive from Exception alone.
             if type(error).__module__.partition(".")[0] not in _CLOUD_MODULES:
                 raise
-            raise StoreError(f"run folder {self.url!r}: {doing}: {error}") from error
+            raise StoreError(f"run folder {self.url!r}: {doing}: {_one_line(error)}") from error
+
+    def _make_parent(self, relative: str) -> None:
+        """Make the folder of a file. Object stores have none: there, fsspec's ``makedirs`` would
+        make the bucket, so a misspelt one would come into being."""
+        protocols = self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
+        if _OBJECT_STORES.isdisjoint(protocols):
+            self.fs.makedirs(self.path(relative).rpartition("/")[0], exist_ok=True)
 
     def ensure(self) -> None:
         """Make the run folder and prove that it can be written.
@@ -153,11 +163,10 @@ class Store:
             StoreError: it cannot.
         """
         with self._talking("cannot be written"):
-            self.fs.makedirs(self.root, exist_ok=True)
-            probe = self.path(f"scratch/.probe-{uuid.uuid4().hex}")
-            self.fs.makedirs(self.path("scratch"), exist_ok=True)
-            self.fs.pipe_file(probe, b"")
-            self.fs.rm_file(probe)
+            probe = f"scratch/.probe-{uuid.uuid4().hex}"
+            self._make_parent(probe)
+            self.fs.pipe_file(self.path(probe), b"")
+            self.fs.rm_file(self.path(probe))
 
     def exists(self, relative: str) -> bool:
         with self._talking(f"cannot look for {relative}"):
@@ -172,7 +181,7 @@ class Store:
     def write_bytes(self, relative: str, data: bytes) -> None:
         """Replace a small file as a whole; for what is not a record (run.json, plans)."""
         with self._talking(f"cannot write {relative}"):
-            self.fs.makedirs(self.path(relative).rpartition("/")[0], exist_ok=True)
+            self._make_parent(relative)
             if not self.is_local:
                 self.fs.pipe_file(self.path(relative), data)
                 return
@@ -187,7 +196,7 @@ class Store:
         """
         target = self.path(relative)
         with self._talking(f"cannot write {relative}"):
-            self.fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+            self._make_parent(relative)
             if self.is_local:
                 return _create_local(Path(target), data)
             try:
@@ -214,7 +223,7 @@ class Store:
         """Write bytes below ``folder`` under a name of their own that ends in ``ending``."""
         relative = f"{folder}/{_attempt()}{ending}"
         with self._talking(f"cannot write {relative}"):
-            self.fs.makedirs(self.path(relative).rpartition("/")[0], exist_ok=True)
+            self._make_parent(relative)
             self.fs.pipe_file(self.path(relative), data)
         return Payload(
             path=relative, bytes=len(data), sha256=hashlib.sha256(data).hexdigest(), rows=rows
@@ -224,7 +233,7 @@ class Store:
         """Copy a local file to ``relative``, a name that no other attempt uses."""
         digest = hashlib.sha256()
         with self._talking(f"cannot write {relative}"):
-            self.fs.makedirs(self.path(relative).rpartition("/")[0], exist_ok=True)
+            self._make_parent(relative)
             with local.open("rb") as source, self.fs.open(self.path(relative), "wb") as target:
                 while chunk := source.read(_CHUNK):
                     digest.update(chunk)
@@ -248,9 +257,27 @@ class Store:
         )
 
     def read_table(self, payload: Payload, columns: list[str] | None = None) -> pa.Table:
-        with self._talking(f"cannot read {payload.path}"):
-            with self.fs.open(self.path(payload.path), "rb") as file:
-                return pq.read_table(file, columns=columns)
+        with self._parquet(payload.path) as file:
+            return pq.read_table(file, columns=columns)
+
+    def read_schema(self, payload: Payload) -> pa.Schema:
+        """The columns of a Parquet file, comments included."""
+        with self._parquet(payload.path) as file:
+            return pq.read_schema(file)
+
+    @contextmanager
+    def _parquet(self, relative: str) -> Iterator[Any]:
+        with (
+            self._talking(f"cannot read {relative}"),
+            self.fs.open(self.path(relative), "rb") as file,
+        ):
+            try:
+                yield file
+            except pa.ArrowInvalid as error:
+                raise StoreError(
+                    f"run folder {self.url!r}: {relative} is not readable Parquet; "
+                    "run `capfilt verify`"
+                ) from error
 
     def local_copy(self, relative: str) -> Path:
         """A local path to the file: itself on a local store, else a copy in `cache`.
@@ -264,10 +291,10 @@ class Store:
             target.parent.mkdir(parents=True, exist_ok=True)
             with (
                 self._talking(f"cannot read {relative}"),
+                self.fs.open(self.path(relative), "rb") as source,
                 tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as scratch,
             ):
-                with self.fs.open(self.path(relative), "rb") as source:
-                    shutil.copyfileobj(source, scratch, _CHUNK)
+                shutil.copyfileobj(source, scratch, _CHUNK)
             Path(scratch.name).replace(target)
         return target
 
@@ -283,14 +310,21 @@ class Store:
 
     def checksum(self, payload: Payload) -> str | None:
         """sha256 of the file as it is now, or None where it is missing."""
-        digest = hashlib.sha256()
-        try:
-            with self.fs.open(self.path(payload.path), "rb") as file:
-                while chunk := file.read(_CHUNK):
-                    digest.update(chunk)
-        except FileNotFoundError:
-            return None
-        return digest.hexdigest()
+        with self._talking(f"cannot read {payload.path}"):
+            try:
+                with self.fs.open(self.path(payload.path), "rb") as file:
+                    return hashlib.file_digest(file, "sha256").hexdigest()
+            except FileNotFoundError:
+                return None
+
+    def files(self, folder: str = "") -> dict[str, int]:
+        """Path → bytes of every file below ``folder`` of the run folder: one listing."""
+        with self._talking(f"cannot list {folder or 'it'}"):
+            try:
+                found = self.fs.find(self.path(folder).rstrip("/"), detail=True)
+            except FileNotFoundError:
+                return {}
+        return {name[len(self.root) + 1 :]: int(info["size"]) for name, info in found.items()}
 
     # ---- records -----------------------------------------------------------------------------
 
@@ -301,15 +335,12 @@ class Store:
 
     def record_names(self) -> set[str]:
         """Paths of all records: one listing, nothing opened."""
-        with self._talking("cannot list records"):
-            if not self.fs.exists(self.path("records")):
-                return set()
-            self.fs.invalidate_cache()
-            found = self.fs.find(self.path("records"))
-        return {str(name)[len(self.root) + 1 :] for name in found if str(name).endswith(".json")}
+        return {name for name in self.files("records") if name.endswith(".json")}
 
     def read_record(self, name: str) -> Record:
-        data = self.read_bytes(name)
+        return self._record(name, self.read_bytes(name))
+
+    def _record(self, name: str, data: bytes) -> Record:
         try:
             return Record.model_validate_json(data)
         except ValueError as error:
@@ -322,7 +353,7 @@ class Store:
             return [self.read_record(name) for name in ordered]
         with self._talking("cannot read records"):
             found = self.fs.cat([self.path(n) for n in ordered]) if ordered else {}
-        return [Record.model_validate_json(found[self.path(name)]) for name in ordered]
+        return [self._record(name, found[self.path(name)]) for name in ordered]
 
     # ---- JSON documents ----------------------------------------------------------------------
 
@@ -340,6 +371,11 @@ class Store:
 
 
 _CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
+_OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az"})
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _attempt() -> str:

@@ -1,0 +1,211 @@
+"""The command line: parses and delegates, and turns every error into one line.
+
+Exit codes: 0 done; 1 the run cannot go on, or `verify` found something wrong; 2 bad input;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from stages.errors import CapfiltError, UserError
+
+# What needs Ray or torch is imported by the command that does, so that the others start at once.
+if TYPE_CHECKING:
+    from pipeline.store import Store
+
+_DESCRIPTION = """\
+BLIP's CapFilt: make a noisy set of web image-text pairs clean, round after round.
+"""
+
+_RUN = """\
+Bring a run to the state that CONFIG asks for. Running again goes on where the last one ended.
+
+CONFIG is a YAML file; key=value overrides one of its fields, e.g. select.threshold=0.4.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other mistake."""
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the program with ``arguments`` (None: those of the process). Returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    try:
+        return _run(given)
+    except UserError as error:
+        return _fail(str(error), 2, debug)
+    except CapfiltError as error:
+        return _fail(str(error), 1, debug)
+    except KeyboardInterrupt:
+        return _fail("interrupted; run the same command again to go on from here", 130, debug)
+    except BrokenPipeError:
+        # The reader, `head` for one, has seen enough; nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:  # noqa: BLE001 - the outermost handler
+        hint = "" if debug else "; run again with --debug for the traceback"
+        return _fail(f"{type(error).__name__}: {error}{hint}", 1, debug)
+
+
+def _fail(line: str, code: int, debug: bool) -> int:
+    from pipeline.terminal import clean
+
+    if debug:
+        traceback.print_exc()
+    print(f"capfilt: {clean(line)}", file=sys.stderr)
+    return code
+
+
+def _run(given: Sequence[str]) -> int:
+    options, rest = _parser().parse_known_args(given)
+    overrides = [word for word in rest if options.command == "run" and not word.startswith("-")]
+    unknown = [word for word in rest if word not in overrides]
+    if unknown:
+        raise UserError(f"unknown argument {unknown[0]!r}; see `capfilt {options.command} --help`")
+    # argparse hands over the words before an option only; those behind it are overrides as well.
+    options.overrides = [*getattr(options, "overrides", ()), *overrides]
+    handler: Callable[[argparse.Namespace], int] = options.handler
+    return handler(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
+    )
+    parser = _Parser(prog="capfilt", description=_DESCRIPTION, parents=[common])
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, handler: Callable[[argparse.Namespace], int], text: str, more: str = ""
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            name,
+            help=text,
+            description=more or f"{text[0].upper()}{text[1:]}.",
+            parents=[common],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made.set_defaults(handler=handler)
+        return made
+
+    run = command("run", _do_run, "run a config, or go on with it", _RUN)
+    run.add_argument("config", metavar="CONFIG")
+    run.add_argument("overrides", metavar="key=value", nargs="*")
+    run.add_argument("--rounds", type=int, metavar="N", help="the same as rounds.count=N")
+    run.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
+    for name, handler, text in (
+        ("status", _do_status, "how far a run is, and its figures"),
+        ("verify", _do_verify, "check the ledger, every record and every file of a run"),
+        ("inspect", _do_inspect, "look into what a stage wrote"),
+        ("report", _do_report, "write the report of a run as one HTML page"),
+    ):
+        command(name, handler, text).add_argument(
+            "run", metavar="RUN", help="run folder: a path or an s3:// or gs:// URL"
+        )
+    _inspect_options(commands.choices["inspect"])
+    commands.choices["report"].add_argument("--output", type=Path, metavar="FILE")
+    return parser
+
+
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("stage", metavar="STAGE", nargs="?", help="a stage or one of its tables")
+    parser.add_argument("--round", type=int, metavar="N", help="default: the last that has it")
+    parser.add_argument("--rows", type=int, metavar="N", help="how many rows to show")
+    parser.add_argument("--sql", metavar="SELECT", help="a question to the tables of the round")
+
+
+def _do_run(options: argparse.Namespace) -> int:
+    from pipeline.config import load
+
+    overrides = list(options.overrides)
+    if options.rounds is not None:
+        overrides.append(f"rounds.count={options.rounds}")
+    config = load(options.config, overrides)
+
+    from pipeline import rounds
+    from pipeline.progress import Screen
+
+    with Screen() as screen:
+        rounds.run(config, screen, dry_run=options.dry_run)
+    if not options.dry_run:
+        from pipeline.status import print_figures, read_status
+        from pipeline.store import Store
+        from pipeline.terminal import console
+
+        print_figures(read_status(Store(config.run)), console(sys.stdout))
+    return 0
+
+
+def _open(options: argparse.Namespace) -> Store:
+    from pipeline.runfolder import open_run
+
+    return open_run(options.run)
+
+
+def _do_status(options: argparse.Namespace) -> int:
+    from pipeline.status import print_status, read_status
+    from pipeline.terminal import console
+
+    print_status(read_status(_open(options)), console(sys.stdout))
+    return 0
+
+
+def _do_verify(options: argparse.Namespace) -> int:
+    store = _open(options)
+
+    from pipeline.terminal import clean, size
+    from pipeline.verify import verify
+
+    found = verify(store)
+    for problem in found.problems:
+        print(clean(problem))
+    if found.scratch_files:
+        scratch = f"{found.scratch_files} unpublished files, {size(found.scratch_bytes)}"
+        print(f"note: {scratch}: left by unfinished work, harmless")
+    if found.problems:
+        print(f"{len(found.problems)} problems in {found.records} records, {found.files} files")
+        return 1
+    rounds = ", ".join(map(str, found.balanced)) or "none yet"
+    print(
+        f"OK: {found.records} records, {found.files} files, {size(found.bytes)}; "
+        f"balanced rounds: {rounds}"
+    )
+    return 0
+
+
+def _do_inspect(options: argparse.Namespace) -> int:
+    if options.rows is not None and options.rows < 1:
+        raise UserError(f"inspect: --rows {options.rows}: must be at least 1")
+    store = _open(options)
+
+    from pipeline.inspect import inspect
+    from pipeline.terminal import console
+
+    inspect(store, options.stage, options.round, options.sql, options.rows, console(sys.stdout))
+    return 0
+
+
+def _do_report(options: argparse.Namespace) -> int:
+    store = _open(options)
+
+    from pipeline.report.render import write_report
+
+    default = Path(store.path("report.html")) if store.is_local else Path("report.html")
+    print(write_report(store, options.output or default))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What lies in a run folder, for those who only read it: status, inspect, verify, the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.store import Payload, Record, Store
+from stages.errors import StoreError
+from stages.schemas import (
+    CAPTIONS,
+    CLUSTERS,
+    DOWNLOAD,
+    EMBEDDINGS,
+    LEDGER,
+    METRICS,
+    PAIRS,
+    ROWS,
+    SCORES,
+    SOURCES,
+    TRAINING_INDEX,
+    TRAINING_LOG,
+)
+
+STAGES = (
+    "sources",
+    "download",
+    "caption",
+    "filter",
+    "embed",
+    "dedup",
+    "select",
+    "assemble",
+    "ledger",
+    "pretrain",
+    "finetune_captioner",
+    "finetune_filter",
+    "evaluate",
+    "audit",
+    "gate",
+)
+"""All stages of a round, in the order in which they are done."""
+
+_SHARD_TABLES: Mapping[str, pa.Schema] = {
+    "ingest": SOURCES,
+    "sources": SOURCES,
+    # Images lie in the tar beside it.
+    "download": DOWNLOAD.remove(DOWNLOAD.get_field_index("image")),
+    "caption": CAPTIONS,
+    "filter": SCORES,
+    "embed": EMBEDDINGS,
+}
+"""Shard stage → the table that it publishes, one file a shard."""
+
+_FILES: Mapping[str, tuple[str, pa.Schema | None]] = {
+    "clusters.parquet": ("clusters", CLUSTERS),
+    "pairs.parquet": ("pairs", PAIRS),
+    "rows.parquet": ("rows", ROWS),
+    "ledger.parquet": ("ledger", LEDGER),
+    "index.parquet": ("index", TRAINING_INDEX),
+    "log.parquet": ("training_log", TRAINING_LOG),
+    "metrics.parquet": ("metrics", METRICS),
+    "outcomes.parquet": ("outcomes", None),
+}
+"""File of a whole-round stage → the table that it holds."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One Parquet file that a record publishes."""
+
+    table: str
+    """What it is part of: ``caption``, ``pairs``, ``metrics``…"""
+    schema: pa.Schema | None
+    """None where its columns are the stage's own affair."""
+    stage: str
+    payload: Payload
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round as plan.json has it."""
+
+    number: int
+    shards: Mapping[str, tuple[str, str]]
+    """Shard → (web or human, name of its source record)."""
+    records: Mapping[str, tuple[str, ...]]
+    """Stage → the records that are, or will be, its output; in the order of `STAGES`."""
+
+
+def open_run(url: str) -> Store:
+    """The store at ``url``, which must hold a run.
+
+    Raises:
+        StoreError: it cannot be reached, or no run was ever begun there.
+    """
+    store = Store(url)
+    if not store.exists("run.json") and not store.exists("records"):
+        raise StoreError(
+            f"run folder {url!r}: no run here (no run.json); give the `run:` of a config that "
+            "`capfilt run` has begun"
+        )
+    return store
+
+
+def read_rounds(store: Store) -> list[Round]:
+    """The rounds that were begun, from their plans alone.
+
+    Raises:
+        StoreError: a plan is not what a run writes.
+    """
+    rounds = []
+    for number in count():
+        plan = store.read_json(f"round={number:02d}/plan.json")
+        if plan is not None:
+            rounds.append(_round(store, number, plan))
+        elif number > 0:
+            break
+    return rounds
+
+
+def _round(store: Store, number: int, plan: Any) -> Round:
+    try:
+        shards = {
+            str(name): (str(kind), str(record)) for name, (kind, record) in plan["shards"].items()
+        }
+        records = {str(stage): tuple(map(str, names)) for stage, names in plan["records"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StoreError(
+            f"run folder {store.url!r}: round={number:02d}/plan.json is not a plan"
+        ) from error
+    if shards:
+        records["sources"] = tuple(record for _, record in shards.values())
+    known = {stage: records[stage] for stage in STAGES if stage in records}
+    return Round(number, shards, known | records)
+
+
+def tables(record: Record) -> list[Published]:
+    """The Parquet files that a record publishes; those of no known kind are left out."""
+    found = []
+    for payload in record.payloads:
+        if not payload.path.endswith(".parquet"):
+            continue
+        file = payload.path.rpartition("/")[2]
+        if record.stage in _SHARD_TABLES:
+            schema = _SHARD_TABLES[record.stage]
+            found.append(Published(record.stage, schema, record.stage, payload))
+        elif file in _FILES:
+            found.append(Published(*_FILES[file], record.stage, payload))
+    return found
+
+
+def table_names() -> list[str]:
+    """Every table that a run can hold, in the order in which they are made."""
+    shard_tables = [name for name in _SHARD_TABLES if name != "ingest"]
+    return [*shard_tables, *(name for name, _ in _FILES.values())]

@@ -1,0 +1,288 @@
+"""How far a run is, from its records and plans alone: no Ray, nothing started, nothing written."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from pipeline.runfolder import Round, read_rounds, tables
+from pipeline.store import Record, Store
+from pipeline.terminal import breakdown, clean, duration, grid
+
+_KEY_METRICS = (
+    ("test", "med", "tr_at_1"),
+    ("test", "med", "ir_at_1"),
+    ("test", "captioner", "cider"),
+    ("test", "captioner", "bleu4"),
+    ("test", "filter", "auc"),
+    ("test", "filter", "precision"),
+    ("test", "filter", "recall"),
+)
+"""(split, model, metric) worth a line; of the split ``truth`` all are."""
+
+Key = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """One stage of one round."""
+
+    name: str
+    done: int
+    """Records published, of ``total`` planned."""
+    total: int
+    counts: Mapping[str, int]
+    """Rows by status, where the stage tells."""
+    seconds: float
+    """Time during which at least one of its records was at work."""
+    finished: float
+    """When its last record was published, seconds since the epoch; 0 before the first."""
+    reused: bool
+    """An earlier round already had all of it: this round had nothing to do."""
+
+    @property
+    def complete(self) -> bool:
+        return self.done == self.total
+
+
+@dataclass(frozen=True)
+class RoundStatus:
+    """One round that was begun."""
+
+    number: int
+    stages: tuple[StageStatus, ...]
+    verdicts: Mapping[str, Mapping[str, Any]]
+    """Model → the gate's verdict; empty before the gate."""
+    metrics: Mapping[Key, float]
+    """(split, model, metric) → value."""
+    pairs: Mapping[tuple[str, str], int]
+    """(source, state) → pairs, from the ledger."""
+
+    @property
+    def complete(self) -> bool:
+        """Everything planned is published, and the gate has spoken where models were trained."""
+        trained = any(stage.name == "pretrain" for stage in self.stages)
+        done = all(stage.complete for stage in self.stages)
+        return done and (bool(self.verdicts) or not trained)
+
+    @property
+    def next_stage(self) -> StageStatus | None:
+        return next((stage for stage in self.stages if not stage.complete), None)
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """A run at one moment."""
+
+    url: str
+    created: float | None
+    last_round: int | None
+    """Number of the last round that the config asks for; None if run.json is not there."""
+    rounds: tuple[RoundStatus, ...]
+
+    @property
+    def next(self) -> str:
+        """What a run would do next, in words."""
+        for status in self.rounds:
+            stage = status.next_stage
+            if stage is not None:
+                left = stage.total - stage.done
+                more = f", {left} of {stage.total} shards left" if stage.total > 1 else ""
+                return f"round {status.number}, {stage.name}{more}"
+            if not status.complete:
+                return f"round {status.number}, gate"
+        following = self.rounds[-1].number + 1 if self.rounds else 0
+        if self.last_round is None or following <= self.last_round:
+            return f"round {following}"
+        return "nothing; all rounds are done"
+
+
+def read_status(store: Store) -> RunStatus:
+    """The run in ``store``.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    rounds = read_rounds(store)
+    published = store.record_names()
+    wanted = {name for round_ in rounds for names in round_.records.values() for name in names}
+    records = {record.name: record for record in store.read_records(wanted & published)}
+    described = store.read_json("run.json") or {}
+    count = described.get("config", {}).get("rounds", {}).get("count")
+    return RunStatus(
+        url=store.url,
+        created=described.get("created"),
+        last_round=count,
+        rounds=tuple(
+            _round(store, round_, records, earlier)
+            for round_, earlier in zip(rounds, _before(rounds), strict=True)
+        ),
+    )
+
+
+def _before(rounds: Sequence[Round]) -> Iterator[set[str]]:
+    """For each round the records that earlier rounds had."""
+    seen: set[str] = set()
+    for round_ in rounds:
+        yield set(seen)
+        seen.update(name for names in round_.records.values() for name in names)
+
+
+def _round(
+    store: Store, round_: Round, records: Mapping[str, Record], earlier: set[str]
+) -> RoundStatus:
+    found = {
+        stage: [records[name] for name in names if name in records]
+        for stage, names in round_.records.items()
+    }
+    stages = tuple(
+        _stage(stage, found[stage], names, earlier)
+        for stage, names in round_.records.items()
+        if stage != "sources"
+    )
+    return RoundStatus(
+        number=round_.number,
+        stages=stages,
+        verdicts=_verdicts(store, found.get("gate", ())),
+        metrics=_metrics(store, [*found.get("evaluate", ()), *found.get("audit", ())]),
+        pairs=_pairs(store, found.get("ledger", ())),
+    )
+
+
+def _stage(
+    name: str, records: Sequence[Record], planned: Sequence[str], earlier: set[str]
+) -> StageStatus:
+    counts: Counter[str] = Counter()
+    for record in records:
+        counts.update(record.counts)
+    return StageStatus(
+        name=name,
+        done=len(records),
+        total=len(planned),
+        counts=dict(counts),
+        seconds=_covered((record.started, record.finished) for record in records),
+        finished=max((record.finished for record in records), default=0.0),
+        reused=bool(planned) and earlier.issuperset(planned),
+    )
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of the spans: pauses between interrupted runs do not count."""
+    total, end = 0.0, float("-inf")
+    for start, stop in sorted(spans):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
+def _verdicts(store: Store, records: Sequence[Record]) -> dict[str, Any]:
+    for record in records:
+        for payload in record.payloads:
+            if payload.path.endswith("gate.json"):
+                decision = json.loads(store.read_bytes(payload.path)).get("decision", {})
+                return dict(decision)
+    return {}
+
+
+def _metrics(store: Store, records: Sequence[Record]) -> dict[Key, float]:
+    return {
+        (row["split"], row["model"], row["metric"]): row["value"]
+        for row in _rows(store, records, "metrics")
+    }
+
+
+def _pairs(store: Store, records: Sequence[Record]) -> dict[tuple[str, str], int]:
+    return {
+        (row["source"], row["state"]): row["count"]
+        for row in _rows(store, records, "ledger")
+        if row["account"] == "pairs"
+    }
+
+
+def _rows(store: Store, records: Sequence[Record], table: str) -> Iterator[dict[str, Any]]:
+    for record in records:
+        for published in tables(record):
+            if published.table == table:
+                yield from store.read_table(published.payload).to_pylist()
+
+
+# ---- on the screen ---------------------------------------------------------------------------
+
+
+def print_status(status: RunStatus, out: Console) -> None:
+    """The whole run: every stage of every round, then the figures."""
+    begun = f", begun {_moment(status.created)}" if status.created else ""
+    done = sum(round_.complete for round_ in status.rounds)
+    out.print(Text(f"{clean(status.url)}{begun}: {done} of {_planned(status)} rounds done"))
+    for round_ in status.rounds:
+        out.print()
+        _print_round(round_, out)
+    out.print()
+    out.print(Text(f"next: {status.next}"))
+    print_figures(status, out)
+
+
+def _planned(status: RunStatus) -> int:
+    first = status.rounds[0].number if status.rounds else 0
+    begun = len(status.rounds)
+    return begun if status.last_round is None else max(begun, status.last_round - first + 1)
+
+
+def _moment(seconds: float) -> str:
+    import datetime
+
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _print_round(round_: RoundStatus, out: Console) -> None:
+    stage = round_.next_stage
+    where = "done" if round_.complete else f"at {stage.name if stage else 'gate'}"
+    table = grid(f"round {round_.number}", "done", "took", where, right=frozenset({"done", "took"}))
+    for stage in round_.stages:
+        took = duration(stage.seconds) if stage.done and not stage.reused else ""
+        table.add_row(
+            Text(clean(stage.name)),
+            Text(f"{stage.done}/{stage.total}"),
+            Text(took),
+            Text("as before" if stage.reused else breakdown(dict(stage.counts))),
+        )
+    out.print(table)
+    for model, verdict in round_.verdicts.items():
+        out.print(Text(f"{clean(model)}: {clean(verdict.get('reason', ''))}"))
+
+
+def print_figures(status: RunStatus, out: Console) -> None:
+    """Pairs by state and the key metrics, a column a round. Nothing where there are none."""
+    columns = [f"round {round_.number}" for round_ in status.rounds]
+    numbers = frozenset(columns)
+    pairs = grid("pairs", *columns, right=numbers)
+    for key in sorted({key for round_ in status.rounds for key in round_.pairs}):
+        counts = [round_.pairs.get(key) for round_ in status.rounds]
+        cells = [Text("" if count is None else f"{count:,}") for count in counts]
+        pairs.add_row(Text(clean(" ".join(key))), *cells)
+    metrics = grid("metric", *columns, right=numbers)
+    for metric in _shown(status.rounds):
+        values = [round_.metrics.get(metric) for round_ in status.rounds]
+        metrics.add_row(Text(clean(" ".join(metric))), *(Text(_figure(value)) for value in values))
+    for table in (pairs, metrics):
+        if table.row_count:
+            out.print()
+            out.print(table)
+
+
+def _shown(rounds: Sequence[RoundStatus]) -> list[Key]:
+    known = {key for round_ in rounds for key in round_.metrics}
+    truth = sorted(key for key in known if key[0] == "truth")
+    return [*(key for key in _KEY_METRICS if key in known), *truth]
+
+
+def _figure(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if abs(value) > 1 and value.is_integer() else f"{value:.3f}"
