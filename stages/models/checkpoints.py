@@ -181,10 +181,14 @@ def _save(
 
 
 def _save_tokenizer(tokenizer: BertTokenizer, folder: Path) -> None:
+    # The last batch's padding and truncation would be saved with it, and the same tokenizer would
+    # make two different folders.
+    tokenizer.backend_tokenizer.no_padding()
+    tokenizer.backend_tokenizer.no_truncation()
     tokenizer.save_pretrained(str(folder))
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text(encoding="utf-8"))
-    # Where it was once loaded from would make the same tokenizer two different folders.
+    # So would where it was once loaded from.
     for volatile in ("is_local", "local_files_only", "name_or_path"):
         content.pop(volatile, None)
     _write_json(file, content)

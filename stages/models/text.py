@@ -60,10 +60,13 @@ def load_tokenizer(source: str | Path) -> BertTokenizer:
         tokenizer = BertTokenizer.from_pretrained(str(source))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{source}: {_first_line(error)}; {needed}") from error
-    kind = type(tokenizer.backend_tokenizer.model).__name__
-    # Without any vocabulary, transformers makes one of the five special tokens.
-    if kind != "WordPiece" or len(tokenizer) <= len(BERT_TOKENS):
-        raise CheckpointError(f"{source}: found {kind} with {len(tokenizer)} tokens; {needed}")
+    # transformers makes a BERT tokenizer of any vocabulary, or of the special tokens alone.
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    if len(words) <= len(BERT_TOKENS) or not words.keys() >= set(BERT_TOKENS[:4]):
+        raise CheckpointError(
+            f"{source}: found a vocabulary of {len(words)} without {', '.join(BERT_TOKENS[:4])} "
+            f"and words; {needed}"
+        )
     return with_blip_tokens(tokenizer)
 
 
