@@ -1,0 +1,288 @@
+"""Fine-tuning: one MED becomes a captioner and, separately, a filter, on the human pairs.
+
+Sharing their weights would let the filter confirm what the captioner says (BLIP, Table 4).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from stages.base import Context, DatasetStage
+from stages.models.blocks import KeyValue, VisionConfig
+from stages.models.checkpoints import load_med, save_captioner, save_filter
+from stages.models.losses import MedLosses
+from stages.models.med import Gather, Med, MedConfig
+from stages.models.text import load_tokenizer
+from stages.pretrain import write_log
+from stages.training.data import Batch, Pairs
+from stages.training.loop import Losses, TrainingConfig, seeded, train
+from stages.training.schedule import Decay
+from stages.training.swaps import Tokens, WordSwaps
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
+
+
+class FinetuneConfig(TrainingConfig):
+    """What captioner and filter have in common (configs/caption_coco.yaml, retrieval_coco.yaml)."""
+
+    image_size: int = Field(384, ge=1)
+    """Pixels; position embeddings are interpolated where MED was trained at another size."""
+    dropout: float = Field(0.1, ge=0, lt=1)
+    batch_size: int = Field(256, ge=1)
+    lr: float = Field(1e-5, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    decay: Decay = "epoch_cosine"
+    min_scale: float = Field(0.5, gt=0, le=1)
+
+    def med_config(self) -> MedConfig:
+        """What `load_med` reads of it: image size and dropout."""
+        config = MedConfig()
+        # The folder decides the patch size, so it is not validated against ours.
+        vision = VisionConfig().model_copy(update={"image_size": self.image_size})
+        text = config.text.model_copy(update={"dropout": self.dropout})
+        return config.model_copy(update={"vision": vision, "text": text})
+
+
+class CaptionerFinetuneConfig(FinetuneConfig):
+    """The paper's captioner: LM on COCO."""
+
+    epochs: float = Field(5, gt=0)
+    prompt: str = "a picture of "
+    """Stands before every text and carries no loss. Captioning needs the same."""
+    max_tokens: int = Field(40, ge=3)
+    label_smoothing: float = Field(0.1, ge=0, lt=1)
+
+    def med_config(self) -> MedConfig:
+        # Nothing is queued: the smallest queue takes the least memory.
+        update = {"label_smoothing": self.label_smoothing, "queue_size": 1}
+        return super().med_config().model_copy(update=update)
+
+
+class FilterFinetuneConfig(FinetuneConfig):
+    """The paper's filter: retrieval fine-tuning with ITC and ITM on COCO."""
+
+    epochs: float = Field(6, gt=0)
+    alpha_epochs: float = Field(1, ge=0)
+    max_tokens: int = Field(35, ge=3)
+    queue_size: int = Field(57_600, ge=1)
+    momentum: float = Field(0.995, ge=0, le=1)
+    text_negatives: int = Field(0, ge=0)
+    """Near-miss texts of each pair: its caption with one word exchanged for another that human
+    captions have in the same place (`stages.training.swaps`). Sharpens ITM beyond the paper."""
+
+    def med_config(self) -> MedConfig:
+        update = {"queue_size": self.queue_size, "momentum": self.momentum}
+        return super().med_config().model_copy(update=update)
+
+
+class CaptionerLosses(Losses):
+    """LM behind a prompt of ``prompt_length`` positions, ``[DEC]`` included."""
+
+    def __init__(self, med: Med, prompt_length: int) -> None:
+        super().__init__(med)
+        self.prompt_length = prompt_length
+
+    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
+        losses: MedLosses = self.med(
+            batch.pixel_values(),
+            batch.input_ids,
+            batch.attention_mask,
+            matching=False,
+            prompt_length=self.prompt_length,
+        )
+        return losses
+
+
+class FilterLosses(Losses):
+    """ITC + ITM, the latter with up to ``count`` near-miss texts a pair, drawn from ``swaps``.
+
+    ITM stays one mean over all its rows, as if the near misses had been in its batch.
+    """
+
+    def __init__(self, med: Med, swaps: WordSwaps | None, count: int, seed: int, rank: int) -> None:
+        super().__init__(med)
+        self.swaps, self.count = swaps, count
+        self.seed, self.rank = seed, rank
+
+    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
+        med, pixels = self.med, batch.pixel_values()
+        tokens = med.vision_model(pixels)
+        image_kv = med.text_encoder.cross_kv(tokens)
+        itc, itm = med.contrastive_and_matching(
+            pixels,
+            tokens,
+            image_kv,
+            batch.input_ids,
+            batch.attention_mask,
+            alpha=alpha,
+            image_ids=batch.image_ids,
+            gather=gather,
+        )
+        rows, texts = self._drawn(batch)
+        if rows:
+            share = len(rows) / (len(rows) + 3 * len(pixels))
+            wrong = self._rejected(batch, image_kv, rows, texts)
+            itm = itm * (1 - share) + wrong * share
+        return MedLosses(itc, itm, itc.new_zeros(()))
+
+    def _drawn(self, batch: Batch) -> tuple[list[int], list[Tokens]]:
+        """Near misses with the rows whose images they miss."""
+        rows: list[int] = []
+        texts: list[Tokens] = []
+        if self.swaps is None:
+            return rows, texts
+        step_seed = np.random.SeedSequence((self.seed, batch.step, self.rank))
+        random = np.random.Generator(np.random.Philox(step_seed))
+        for row, caption in enumerate(batch.input_ids.cpu().numpy()):
+            for _ in range(self.count):
+                text = self.swaps.swapped(caption, random)
+                if text is not None:
+                    rows.append(row)
+                    texts.append(text)
+        return rows, texts
+
+    def _rejected(
+        self, batch: Batch, image_kv: list[KeyValue], rows: list[int], texts: list[Tokens]
+    ) -> Tensor:
+        device = batch.input_ids.device
+        own = torch.tensor(rows, device=device)
+        ids = torch.from_numpy(np.stack(texts)).to(device)
+        ids[:, 0] = self.med.config.text.enc_token_id
+        states = self.med.text_encoder(
+            ids,
+            batch.attention_mask[own],
+            image_kv=[(key[own], value[own]) for key, value in image_kv],
+            first_only=True,
+        )
+        return F.cross_entropy(self.med.itm_head(states[:, 0]), torch.zeros_like(own))
+
+
+class _Finetune(DatasetStage):
+    version = 1
+    trained: ClassVar[tuple[str, ...]]
+    parts: ClassVar[tuple[str, ...]]
+    """Modules of MED that the losses reach; the others take no part."""
+
+    @abstractmethod
+    def _losses(self, med: Med, tokenizer: BertTokenizer, pairs: Pairs, rank: int) -> Losses: ...
+
+    @abstractmethod
+    def _save(self, med: Med, tokenizer: BertTokenizer, output_dir: Path) -> None: ...
+
+    def _run(
+        self,
+        config: CaptionerFinetuneConfig | FilterFinetuneConfig,
+        prompt: str,
+        inputs: Mapping[str, Sequence[Path]],
+        output_dir: Path,
+        ctx: Context,
+    ) -> None:
+        source = inputs["med"][0]
+        with seeded(config.seed):
+            med = load_med(source, config.med_config())
+        _train_only(med, self.parts)
+        tokenizer = load_tokenizer(source)
+        pairs = Pairs(
+            inputs["train"],
+            tokenizer,
+            max_tokens=config.max_tokens,
+            max_words=config.max_words,
+            prompt=prompt,
+        )
+        losses = self._losses(med, tokenizer, pairs, ctx.rank)
+        log = train(self.name, self.trained, losses, pairs, config, ctx)
+        if ctx.rank == 0:
+            self._save(med, tokenizer, output_dir)
+            write_log(output_dir, log, pairs)
+
+
+def _train_only(med: Med, parts: Sequence[str]) -> None:
+    for parameter in med.parameters():
+        parameter.requires_grad_(False)
+    for part in parts:
+        for parameter in med.get_submodule(part).parameters():
+            parameter.requires_grad_(True)
+    med.temp.requires_grad_("itm_head" in parts)
+
+
+class CaptionerFinetune(_Finetune):
+    """MED becomes a captioner (BLIP, section 5.2).
+
+    Inputs: ``med``, a folder; ``train``, the human tars. Writes ``captioner/``, which
+    `BlipForConditionalGeneration` opens, ``log.parquet`` (TRAINING_LOG) and ``data.json``.
+
+    Raises:
+        CheckpointError: the folder holds no MED.
+        SourceError: no pair to train on.
+        TrainingError: the loss is not finite or diverges.
+    """
+
+    name = "finetune_captioner"
+    trained = ("lm",)
+    parts = ("vision_model", "text_decoder")
+
+    def __init__(self, config: CaptionerFinetuneConfig) -> None:
+        self.config = config
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        self._run(self.config, self.config.prompt, inputs, output_dir, ctx)
+
+    def _losses(self, med: Med, tokenizer: BertTokenizer, pairs: Pairs, rank: int) -> Losses:
+        prompt = tokenizer.encode(self.config.prompt, add_special_tokens=False)
+        return CaptionerLosses(med, prompt_length=1 + len(prompt))
+
+    def _save(self, med: Med, tokenizer: BertTokenizer, output_dir: Path) -> None:
+        save_captioner(med, tokenizer, output_dir / "captioner")
+
+
+class FilterFinetune(_Finetune):
+    """MED becomes a filter, by ITC and ITM (BLIP, sections 4.2 and 5.1).
+
+    Inputs: ``med``, a folder; ``train``, the human tars. Writes ``filter/``, which
+    `BlipForImageTextRetrieval` opens, ``log.parquet`` (TRAINING_LOG) and ``data.json``.
+
+    Raises:
+        CheckpointError: the folder holds no MED.
+        SourceError: no pair to train on.
+        TrainingError: the loss is not finite or diverges.
+    """
+
+    name = "finetune_filter"
+    trained = ("itc", "itm")
+    parts = ("vision_model", "text_encoder", "vision_proj", "text_proj", "itm_head")
+
+    def __init__(self, config: FilterFinetuneConfig) -> None:
+        self.config = config
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        self._run(self.config, "", inputs, output_dir, ctx)
+
+    def _losses(self, med: Med, tokenizer: BertTokenizer, pairs: Pairs, rank: int) -> Losses:
+        count = self.config.text_negatives
+        swaps = _swaps(pairs, tokenizer) if count else None
+        return FilterLosses(med, swaps, count, self.config.seed, rank)
+
+    def _save(self, med: Med, tokenizer: BertTokenizer, output_dir: Path) -> None:
+        save_filter(med, tokenizer, output_dir / "filter")
+
+
+def _swaps(pairs: Pairs, tokenizer: BertTokenizer) -> WordSwaps:
+    lengths = zip(pairs.tokens, pairs.lengths, strict=True)
+    captions = [ids[:length].astype(np.int64) for ids, length in lengths]
+    inner = [i for word, i in tokenizer.get_vocab().items() if word.startswith("##")]
+    return WordSwaps(
+        captions,
+        pairs.image_of.tolist(),
+        special=frozenset(tokenizer.all_special_ids),
+        inner=frozenset(inner),
+    )

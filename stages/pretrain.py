@@ -1,0 +1,115 @@
+"""Pretraining: MED with all three losses on a round's pairs, from scratch or going on.
+
+Writes the folder ``med`` and ``log.parquet``. Nothing of it depends on Ray.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field
+
+from stages.base import Context, DatasetStage
+from stages.models.checkpoints import load_med, save_med
+from stages.models.losses import MedLosses
+from stages.models.med import Gather, Med, MedConfig
+from stages.models.text import fitted_to, load_tokenizer
+from stages.training.data import Batch, Pairs
+from stages.training.loop import Losses, TrainingConfig, seeded, train
+from stages.training.schedule import Decay
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
+
+
+class PretrainConfig(TrainingConfig):
+    """The paper's pretraining at 14M images by default (configs/pretrain.yaml of the release)."""
+
+    tokenizer: str
+    """Folder or hub id of a BERT tokenizer; decides vocabulary size and token ids."""
+    model: MedConfig = MedConfig()
+    init: str | None = None
+    """MED folder or hub id to go on from; None starts from scratch, the paper's best."""
+    warmup_steps: int = Field(3000, ge=0)
+    decay: Decay = "step"
+    human_repeat: int = Field(1, ge=1)
+    """How many times an epoch passes over each human pair."""
+
+
+class PretrainLosses(Losses):
+    """ITC + ITM + LM."""
+
+    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
+        losses: MedLosses = self.med(
+            batch.pixel_values(),
+            batch.input_ids,
+            batch.attention_mask,
+            alpha,
+            image_ids=batch.image_ids,
+            gather=gather,
+        )
+        return losses
+
+
+class PretrainStage(DatasetStage):
+    """Inputs: ``train``, all training tars; ``tokenizer`` and ``init``, a folder each, in place
+    of what the config names, where the caller has brought them to this machine.
+
+    Writes ``med/`` (`stages.models.checkpoints.save_med`), ``log.parquet`` (TRAINING_LOG) and
+    ``data.json``: how many pairs and images were trained on, how many were skipped and why.
+
+    Raises:
+        CheckpointError: ``init`` holds no MED, or there is no tokenizer.
+        SourceError: no pair to train on.
+        TrainingError: the loss is not finite or diverges.
+    """
+
+    name = "pretrain"
+    version = 1
+
+    def __init__(self, config: PretrainConfig) -> None:
+        self.config = config
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        config = self.config
+        med, tokenizer = self._start(inputs)
+        pairs = Pairs(
+            inputs["train"],
+            tokenizer,
+            max_tokens=med.config.max_text_tokens,
+            max_words=config.max_words,
+        )
+        losses = PretrainLosses(med)
+        trained = ("itc", "itm", "lm")
+        log = train(self.name, trained, losses, pairs, config, ctx, config.human_repeat)
+        if ctx.rank == 0:
+            save_med(med, tokenizer, output_dir / "med")
+            write_log(output_dir, log, pairs)
+
+    def _start(self, inputs: Mapping[str, Sequence[Path]]) -> tuple[Med, BertTokenizer]:
+        config = self.config
+        init = inputs["init"][0] if "init" in inputs else config.init
+        with seeded(config.seed):
+            if init is not None:
+                return load_med(init, config.model), load_tokenizer(init)
+            source = inputs["tokenizer"][0] if "tokenizer" in inputs else config.tokenizer
+            tokenizer = load_tokenizer(source)
+            text = fitted_to(config.model.text, tokenizer)
+            return Med(config.model.model_copy(update={"text": text})), tokenizer
+
+
+def write_log(output_dir: Path, log: pa.Table, pairs: Pairs) -> None:
+    """``log.parquet`` and ``data.json`` of a training stage."""
+    pq.write_table(log, output_dir / "log.parquet")
+    facts = {
+        "pairs": len(pairs),
+        "images": pairs.shards.images,
+        "skipped": {kind: count for kind, count in sorted(pairs.skipped.items()) if count},
+    }
+    text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+    (output_dir / "data.json").write_text(text, encoding="utf-8")
