@@ -6,6 +6,7 @@ field. Each stage's own config lives beside the stage; this module only puts the
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from stages.embed import EmbedConfig
 from stages.evaluate import EvaluateConfig
 from stages.filter import FilterConfig
-from stages.finetune import FinetuneConfig
+from stages.finetune import CaptionerFinetuneConfig, FilterFinetuneConfig
 from stages.pretrain import PretrainConfig
 
 from stages.assemble import AssembleConfig
@@ -45,8 +46,8 @@ class RoundsConfig(Config):
 class FinetuneConfigs(Config):
     """The two models that are fine-tuned, separately, from one MED."""
 
-    captioner: FinetuneConfig = FinetuneConfig()
-    filter: FinetuneConfig = FinetuneConfig()
+    captioner: CaptionerFinetuneConfig = CaptionerFinetuneConfig()
+    filter: FilterFinetuneConfig = FilterFinetuneConfig()
 
 
 class EngineConfig(Config):
@@ -132,15 +133,31 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def parse(values: Mapping[str, Any], where: str) -> RunConfig:
-    """Check plain values. ``where`` names their origin in the error.
+    """Check plain values. ``where`` names their origin in the error. ``seed`` is passed on to
+    every stage that does not name its own.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
     """
     try:
-        return RunConfig.model_validate(values)
+        return RunConfig.model_validate(_seeded(values))
     except ValidationError as error:
         raise ConfigError(f"{where}: {explain(error, RunConfig)}") from error
+
+
+_SEEDED = ("caption.generation", "pretrain", "finetune.captioner", "finetune.filter")
+
+
+def _seeded(values: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` with the run's seed where a stage takes one and none is given."""
+    filled: dict[str, Any] = copy.deepcopy(dict(values))
+    for path in (*_SEEDED, *(["world"] if "world" in filled else [])):
+        node: Any = filled
+        for part in path.split("."):
+            node = node.setdefault(part, {}) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            node.setdefault("seed", filled.get("seed", 0))
+    return filled
 
 
 def substitute(config: RunConfig, world: Path) -> RunConfig:

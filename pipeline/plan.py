@@ -128,7 +128,7 @@ class _Planner:
 
     def plan(self) -> RoundPlan:
         curation = self._curation()
-        training = self._training(curation[-1])
+        training = self._training(curation[-2])
         return RoundPlan(
             self._number,
             self._shards,
@@ -167,7 +167,7 @@ class _Planner:
             "index": _output(assemble, "*/index.parquet"),
         }
         ledger = self._task(LedgerStage(), None, books)
-        return (*done, select, ledger, assemble)
+        return (*done, select, assemble, ledger)
 
     def _training(self, assemble: DatasetTask) -> tuple[DatasetTask, ...]:
         config = self._config
@@ -181,7 +181,7 @@ class _Planner:
         med = made_here(pretrain.record, "med")
         human = _output(assemble, "*/human-*.tar")
         finetune = config.finetune
-        inputs = {"med": med, "train": human}
+        inputs: dict[str, Published | str] = {"med": med, "train": human}
         return (
             pretrain,
             self._task(
@@ -211,7 +211,7 @@ class _Planner:
             }
             if not self._raw:
                 truth["clusters"] = _output(curation[0], "*/clusters.parquet")
-            tasks.append(self._task(AuditStage(config.select.threshold), None, truth))
+            tasks.append(self._task(AuditStage(config.select), config.select, truth))
         return tuple(tasks)
 
     def _tables(self, stage: str) -> Published:
