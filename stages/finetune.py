@@ -24,7 +24,8 @@ from stages.models.med import Gather, Med, MedConfig
 from stages.models.text import load_tokenizer
 from stages.pretrain import write_log
 from stages.training.data import Batch, Pairs
-from stages.training.loop import Losses, TrainingConfig, seeded, train
+from stages.training.device import seeded
+from stages.training.loop import Losses, TrainingConfig, train
 from stages.training.schedule import Decay
 from stages.training.swaps import Tokens, WordSwaps
 

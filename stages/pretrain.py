@@ -20,7 +20,8 @@ from stages.models.losses import MedLosses
 from stages.models.med import Gather, Med, MedConfig
 from stages.models.text import fitted_to, load_tokenizer
 from stages.training.data import Batch, Pairs
-from stages.training.loop import Losses, TrainingConfig, seeded, train
+from stages.training.device import seeded
+from stages.training.loop import Losses, TrainingConfig, train
 from stages.training.schedule import Decay
 
 if TYPE_CHECKING:

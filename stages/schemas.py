@@ -151,6 +151,21 @@ METRICS = _schema(
     ("n", pa.int64(), "over how many items it was computed"),
 )
 
+OUTCOMES = _schema(
+    ("split", _TEXT, "dev or test"),
+    ("model", _TEXT, "med, captioner or filter"),
+    ("metric", _TEXT, "as in METRICS, where it is a mean over images"),
+    ("item", _TEXT, "file name of the probe image"),
+    ("value", pa.float64(), "the metric on this image alone"),
+)
+
+PROBE_CAPTIONS = _schema(
+    ("split", _TEXT, "dev or test"),
+    ("item", _TEXT, "file name of the probe image"),
+    ("text", _TEXT, "the captioner's best beam"),
+    ("cider", pa.float64(), "CIDEr of the text against the probe's captions, 0 to 10"),
+)
+
 TRAINING_LOG = _schema(
     ("stage", _TEXT, "pretrain, captioner or filter"),
     ("step", pa.int64(), "optimiser step, from 1"),

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -27,6 +26,7 @@ from stages.models.losses import MedLosses
 from stages.models.med import Gather, Med
 from stages.schemas import TRAINING_LOG
 from stages.training.data import Augmentation, Batch, Images, Loader, Pairs
+from stages.training.device import default_device, torch_threads
 from stages.training.schedule import Decay, Schedule
 
 CHECKPOINT = "training.pt"
@@ -112,32 +112,8 @@ def train(
             f"{name}.batch_size: {config.batch_size} pairs cannot be shared out evenly among "
             f"{ctx.world_size} workers; give a multiple of {ctx.world_size}"
         )
-    with _threads(config.threads), torch.random.fork_rng():
+    with torch_threads(config.threads), torch.random.fork_rng():
         return _Training(name, trained, losses, pairs, config, ctx, human_repeat).run()
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Draw initial weights and queues from ``seed``; the caller's generators stay as they were."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
-
-
-@contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def default_device() -> torch.device:
-    """The accelerator that this worker was given, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class _Training:
