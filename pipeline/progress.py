@@ -88,12 +88,12 @@ class Screen:
         self, file: TextIO | None = None, live: bool | None = None, seconds: float = _SECONDS
     ) -> None:
         self._file = file or sys.stdout
-        capable = self._file.isatty() and os.environ.get("TERM") != "dumb"
-        self._live = _Live(self) if (capable if live is None else live) else None
         self._seconds = seconds
         self._lock = threading.RLock()
         self._stages: dict[str, _Stage] = {}
         self._told: set[tuple[str, str, str]] = set()
+        capable = self._file.isatty() and os.environ.get("TERM") != "dumb"
+        self._live = _Live(self) if (capable if live is None else live) else None
 
     def __enter__(self) -> Self:
         return self
@@ -141,13 +141,13 @@ class Screen:
         with self._lock:
             ended = self._stages.pop(stage, None) or _Stage(stage, 1, 0, now)
             took = self._took(ended, now) if seconds is None else seconds
-        self.note(f"  {stage:<18}  {_summary(ended, took)}{f'; {line}' if line else ''}")
+            more = f"; {clean(line)}" if line else ""
+            self._print(f"  {clean(stage):<18}  {_summary(ended, took)}{more}")
 
     def note(self, line: str) -> None:
         """One line that stays."""
-        indent = " " * (len(line) - len(line.lstrip(" ")))
         with self._lock:
-            self._print(f"{indent}{clean(line)}")
+            self._print(clean(line))
 
     def render(self) -> Table:
         """The stages that are not ended, one line each, with bars."""
@@ -172,7 +172,7 @@ class Screen:
     def _tell(self, stage: str, shard: str, problem: str) -> None:
         if (stage, shard, problem) not in self._told:
             self._told.add((stage, shard, problem))
-            self.note(f"  {stage} shard {shard}: {clean(problem, 200)}")
+            self._print(f"  {clean(stage)} shard {clean(shard)}: {clean(problem, 200)}")
 
     def _speak(self, now: float) -> None:
         """Plain lines of the stages that moved and have been silent for long enough."""
@@ -181,7 +181,7 @@ class Screen:
                 continue
             stage.said = now
             done, total = stage.share
-            self.note(f"  {stage.name:<18}  {done}/{total}  {_detail(stage, now)}")
+            self._print(f"  {clean(stage.name):<18}  {done}/{total}  {_detail(stage, now)}")
 
     def _took(self, ended: _Stage, now: float) -> float:
         """Seconds that the stage was at work, as far as its signs tell."""
@@ -192,6 +192,7 @@ class Screen:
         return min([now, *following]) - (ended.first or ended.begun)
 
     def _print(self, line: str) -> None:
+        """``line`` as it is; its parts must be clean already."""
         if self._live is not None:
             self._live.print(line)
             return
@@ -253,7 +254,7 @@ def _details(stage: _Stage, now: float) -> Iterator[str]:
     assert stage.first is not None
     elapsed = now - stage.first
     if stage.step is not None:
-        yield clean(stage.step[0], 60)
+        yield clean(stage.step[0], 32)
     if stage.shards:
         yield f"{sum(stage.counts.values()):,} rows"
     if stage.rate:

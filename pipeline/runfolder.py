@@ -18,7 +18,9 @@ from stages.schemas import (
     EMBEDDINGS,
     LEDGER,
     METRICS,
+    OUTCOMES,
     PAIRS,
+    PROBE_CAPTIONS,
     ROWS,
     SCORES,
     SOURCES,
@@ -56,7 +58,7 @@ _SHARD_TABLES: Mapping[str, pa.Schema] = {
 }
 """Shard stage → the table that it publishes, one file a shard."""
 
-_FILES: Mapping[str, tuple[str, pa.Schema | None]] = {
+_FILES: Mapping[str, tuple[str, pa.Schema]] = {
     "clusters.parquet": ("clusters", CLUSTERS),
     "pairs.parquet": ("pairs", PAIRS),
     "rows.parquet": ("rows", ROWS),
@@ -64,7 +66,8 @@ _FILES: Mapping[str, tuple[str, pa.Schema | None]] = {
     "index.parquet": ("index", TRAINING_INDEX),
     "log.parquet": ("training_log", TRAINING_LOG),
     "metrics.parquet": ("metrics", METRICS),
-    "outcomes.parquet": ("outcomes", None),
+    "outcomes.parquet": ("outcomes", OUTCOMES),
+    "captions.parquet": ("probe_captions", PROBE_CAPTIONS),
 }
 """File of a whole-round stage → the table that it holds."""
 
@@ -75,8 +78,7 @@ class Published:
 
     table: str
     """What it is part of: ``caption``, ``pairs``, ``metrics``…"""
-    schema: pa.Schema | None
-    """None where its columns are the stage's own affair."""
+    schema: pa.Schema
     stage: str
     payload: Payload
 
