@@ -182,12 +182,14 @@ def _apply(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r}: write key=value, e.g. select.threshold=0.4")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from error
+    except yaml.YAMLError:
+        value = text  # such as {world}/web.parquet
     *parents, last = key.split(".")
     node: Any = values
     for parent in parents:
-        node = node.setdefault(parent, {}) if isinstance(node, dict) else _index(node, parent, key)
+        if isinstance(node, dict) and node.get(parent) is None:
+            node[parent] = {}  # absent, or a heading with nothing below it
+        node = node[parent] if isinstance(node, dict) else _index(node, parent, key)
     if isinstance(node, list):
         _index(node, last, key)
         node[int(last)] = value
@@ -204,8 +206,11 @@ def _index(node: Any, part: str, key: str) -> Any:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first problem in one line: field, value, what is allowed."""
-    first = error.errors()[0]
+    """The first problem in one line: field, value, what is allowed.
+
+    Unknown keys come first: a misspelt one is also the reason why another is missing.
+    """
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     field = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":

@@ -1,8 +1,8 @@
 """The stage graph: what reads what, how a stage is built, and the fingerprint of every work.
 
     sources ─ download ┬─ caption ─ filter ─┐
-                       ├─ embed ─ dedup ────┼─ select ─ assemble ─ pretrain ┬─ captioner ─┬─ evaluate
-                       └────────────────────┘                               └─ filter ────┘
+                       ├─ embed ─ dedup ────┼─ select ─ assemble ─ pretrain ┬ captioner ┬ evaluate
+                       └────────────────────┘                               └ filter ───┘
 
 Shard stages (the upper rows, up to embed) take one shard at a time; the others a whole round.
 """

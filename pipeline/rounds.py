@@ -46,8 +46,8 @@ def run(config: RunConfig, screen: Screen, dry_run: bool = False) -> None:
     """
     store = Store(config.run)
     store.ensure()
-    with _sample_world(config, store) as (config, world):
-        loop = _Loop(config, store, screen, world)
+    with _sample_world(config, store) as (filled, world):
+        loop = _Loop(filled, store, screen, world)
         if dry_run:
             loop.preview()
             return

@@ -56,7 +56,7 @@ class Board:
 
 @contextmanager
 def watched(board: Any, show: Callable[[Notices], None], seconds: float = 0.5) -> Iterator[None]:
-    """Inside, ``show`` is called with the board's notices every ``seconds``, and once at the end."""
+    """Inside, ``show`` gets the board's notices every ``seconds``, and once at the end."""
     stop = threading.Event()
 
     def poll() -> None:
