@@ -22,39 +22,32 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stages.base import Config
+from stages.models.vision import (
+    INITIALIZER_STD,
+    VisionConfig,
+    VisionTransformer,
+    check_heads,
+    initialise,
+    split_heads,
+)
+
+__all__ = [
+    "INITIALIZER_STD",
+    "Cache",
+    "KeyValue",
+    "LMHead",
+    "TextConfig",
+    "TextStack",
+    "VisionConfig",
+    "VisionTransformer",
+    "take_rows",
+]
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, each (batch, heads, positions, head width)."""
 
 Cache = list[list[Tensor]]
 """Per layer ``[]`` or ``[K, V]`` of the self-attention over all earlier positions."""
-
-INITIALIZER_STD = 0.02
-
-
-class VisionConfig(Config):
-    """Sizes of the image encoder; the defaults are ViT-B/16 at BLIP's pretraining resolution."""
-
-    image_size: int = Field(default=224, ge=1)
-    patch_size: int = Field(default=16, ge=1)
-    width: int = Field(default=768, ge=1)
-    layers: int = Field(default=12, ge=1)
-    heads: int = Field(default=12, ge=1)
-    mlp_width: int = Field(default=3072, ge=1)
-    eps: float = Field(default=1e-6, gt=0)
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> VisionConfig:
-        _check_heads(self.width, self.heads)
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        return self
-
-    @property
-    def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 class TextConfig(Config):
@@ -77,129 +70,8 @@ class TextConfig(Config):
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> TextConfig:
-        _check_heads(self.width, self.heads)
+        check_heads(self.width, self.heads)
         return self
-
-
-def _check_heads(width: int, heads: int) -> None:
-    if width % heads:
-        raise ValueError(f"width {width} is not a multiple of heads {heads}")
-
-
-def _heads(states: Tensor, heads: int) -> Tensor:
-    """(B, L, D) → (B, heads, L, D / heads), a view."""
-    return states.view(*states.shape[:-1], heads, -1).transpose(1, 2)
-
-
-def _initialise(module: nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d | nn.Embedding):
-            nn.init.normal_(part.weight, std=INITIALIZER_STD)
-        if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
-            nn.init.zeros_(part.bias)
-        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
-            with torch.no_grad():
-                part.weight[part.padding_idx].zero_()
-
-
-class _PatchEmbeddings(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.class_embedding = nn.Parameter(torch.empty(1, 1, config.width))
-        self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.patches, config.width))
-        patch = config.patch_size
-        self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=patch, stride=patch)
-        nn.init.trunc_normal_(self.class_embedding, std=INITIALIZER_STD)
-        nn.init.trunc_normal_(self.position_embedding, std=INITIALIZER_STD)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        # A convolution whose stride is its kernel is one matrix product over flattened patches.
-        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
-        size = weight.shape[-1]
-        batch, channels, height, width = pixel_values.shape
-        patches = pixel_values.reshape(
-            batch, channels, height // size, size, width // size, size
-        ).permute(0, 2, 4, 1, 3, 5)
-        patches = patches.reshape(batch, -1, channels * size * size)
-        embedded = F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
-        first = self.class_embedding.expand(embedded.shape[0], -1, -1).to(embedded.dtype)
-        return torch.cat([first, embedded], dim=1) + self.position_embedding
-
-
-class _VisionAttention(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.projection = nn.Linear(config.width, config.width)
-
-    def forward(self, states: Tensor, first_only: bool) -> Tensor:
-        if first_only:
-            weights, biases = self.qkv.weight, self.qkv.bias
-            width = states.shape[-1]
-            query = F.linear(states[:, :1], weights[:width], biases[:width])
-            key, value = F.linear(states, weights[width:], biases[width:]).chunk(2, dim=-1)
-        else:
-            query, key, value = self.qkv(states).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(
-            _heads(query, self.heads), _heads(key, self.heads), _heads(value, self.heads)
-        )
-        return cast(Tensor, self.projection(mixed.transpose(1, 2).flatten(2)))
-
-
-class _MLP(nn.Module):
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
-        self.fc2 = nn.Linear(hidden, width)
-
-    def forward(self, states: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(states))))
-
-
-class _VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
-        self.self_attn = _VisionAttention(config)
-        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
-        self.mlp = _MLP(config.width, config.mlp_width)
-
-    def forward(self, states: Tensor, first_only: bool = False) -> Tensor:
-        residual = states[:, :1] if first_only else states
-        states = residual + self.self_attn(self.layer_norm1(states), first_only)
-        return states + cast(Tensor, self.mlp(self.layer_norm2(states)))
-
-
-class _VisionEncoder(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([_VisionLayer(config) for _ in range(config.layers)])
-
-
-class VisionTransformer(nn.Module):
-    """Pre-norm ViT with a class token; parameters named as in transformers' `BlipVisionModel`."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = _PatchEmbeddings(config)
-        self.encoder = _VisionEncoder(config)
-        self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
-        _initialise(self)
-
-    def forward(self, pixel_values: Tensor, *, first_only: bool = False) -> Tensor:
-        """Image tokens after the last LayerNorm.
-
-        ``pixel_values``: (B, 3, S, S), float, normalised. Returns (B, 1 + P, D), the class token
-        first; with ``first_only`` the class token alone, (B, 1, D), without computing the last
-        layer elsewhere.
-        """
-        states = self.embeddings(pixel_values)
-        last = len(self.encoder.layers) - 1
-        for index, layer in enumerate(self.encoder.layers):
-            states = layer(states, first_only and index == last)
-        return cast(Tensor, self.post_layernorm(states))
 
 
 class _TextEmbeddings(nn.Module):
@@ -252,7 +124,7 @@ class _Attention(nn.Module):
 
     def key_value(self, source: Tensor) -> KeyValue:
         key, value = self.self.key(source), self.self.value(source)
-        return _heads(key, self.heads), _heads(value, self.heads)
+        return split_heads(key, self.heads), split_heads(value, self.heads)
 
     def forward(
         self,
@@ -268,7 +140,7 @@ class _Attention(nn.Module):
         if key.shape[0] != query.shape[0]:
             query = query.view(key.shape[0], -1, query.shape[-1])
         mixed = F.scaled_dot_product_attention(
-            _heads(query, self.heads),
+            split_heads(query, self.heads),
             key,
             value,
             attn_mask=mask,
@@ -336,7 +208,7 @@ class TextStack(nn.Module):
         self.config = config
         self.embeddings = _TextEmbeddings(config)
         self.encoder = _TextEncoder(config)
-        _initialise(self)
+        initialise(self)
 
     def cross_kv(self, image_tokens: Tensor) -> list[KeyValue]:
         """Per layer, the cross-attention's keys and values of (B, T, Dv) image tokens.
@@ -442,7 +314,7 @@ class LMHead(nn.Module):
         self.decoder = nn.Linear(config.width, config.vocab_size, device="meta")
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder.bias = self.bias
-        _initialise(self.transform)
+        initialise(self.transform)
         self.decoder.weight = word_embeddings.weight
         self.register_load_state_dict_pre_hook(_complete_tied)  # type: ignore[no-untyped-call]
 

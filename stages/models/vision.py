@@ -1,0 +1,164 @@
+"""BLIP's image encoder, and what it has in common with the text stack."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from stages.base import Config
+
+INITIALIZER_STD = 0.02
+
+
+class VisionConfig(Config):
+    """Sizes of the image encoder; the defaults are ViT-B/16 at BLIP's pretraining resolution."""
+
+    image_size: int = Field(default=224, ge=1)
+    patch_size: int = Field(default=16, ge=1)
+    width: int = Field(default=768, ge=1)
+    layers: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    mlp_width: int = Field(default=3072, ge=1)
+    eps: float = Field(default=1e-6, gt=0)
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> VisionConfig:
+        check_heads(self.width, self.heads)
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            )
+        return self
+
+    @property
+    def patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+def check_heads(width: int, heads: int) -> None:
+    """Refuse a width that does not split into equal heads."""
+    if width % heads:
+        raise ValueError(f"width {width} is not a multiple of heads {heads}")
+
+
+def split_heads(states: Tensor, heads: int) -> Tensor:
+    """(B, L, D) → (B, heads, L, D / heads), a view."""
+    return states.view(*states.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def initialise(module: nn.Module) -> None:
+    """BERT's start: normal weights of std 0.02, zero biases, a zero padding embedding."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d | nn.Embedding):
+            nn.init.normal_(part.weight, std=INITIALIZER_STD)
+        if isinstance(part, nn.Linear | nn.Conv2d) and part.bias is not None:
+            nn.init.zeros_(part.bias)
+        if isinstance(part, nn.Embedding) and part.padding_idx is not None:
+            with torch.no_grad():
+                part.weight[part.padding_idx].zero_()
+
+
+class _PatchEmbeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.empty(1, 1, config.width))
+        self.position_embedding = nn.Parameter(torch.empty(1, 1 + config.patches, config.width))
+        patch = config.patch_size
+        self.patch_embedding = nn.Conv2d(3, config.width, kernel_size=patch, stride=patch)
+        nn.init.trunc_normal_(self.class_embedding, std=INITIALIZER_STD)
+        nn.init.trunc_normal_(self.position_embedding, std=INITIALIZER_STD)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        # A convolution whose stride is its kernel is one matrix product over flattened patches.
+        weight, bias = self.patch_embedding.weight, self.patch_embedding.bias
+        size = weight.shape[-1]
+        batch, channels, height, width = pixel_values.shape
+        patches = pixel_values.reshape(
+            batch, channels, height // size, size, width // size, size
+        ).permute(0, 2, 4, 1, 3, 5)
+        patches = patches.reshape(batch, -1, channels * size * size)
+        embedded = F.linear(patches.to(weight.dtype), weight.flatten(1), bias)
+        first = self.class_embedding.expand(embedded.shape[0], -1, -1).to(embedded.dtype)
+        return torch.cat([first, embedded], dim=1) + self.position_embedding
+
+
+class _VisionAttention(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.projection = nn.Linear(config.width, config.width)
+
+    def forward(self, states: Tensor, first_only: bool) -> Tensor:
+        if first_only:
+            weights, biases = self.qkv.weight, self.qkv.bias
+            width = states.shape[-1]
+            query = F.linear(states[:, :1], weights[:width], biases[:width])
+            key, value = F.linear(states, weights[width:], biases[width:]).chunk(2, dim=-1)
+        else:
+            query, key, value = self.qkv(states).chunk(3, dim=-1)
+        mixed = F.scaled_dot_product_attention(
+            split_heads(query, self.heads),
+            split_heads(key, self.heads),
+            split_heads(value, self.heads),
+        )
+        return cast(Tensor, self.projection(mixed.transpose(1, 2).flatten(2)))
+
+
+class _MLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return cast(Tensor, self.fc2(F.gelu(self.fc1(states))))
+
+
+class _VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
+        self.self_attn = _VisionAttention(config)
+        self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
+        self.mlp = _MLP(config.width, config.mlp_width)
+
+    def forward(self, states: Tensor, first_only: bool = False) -> Tensor:
+        residual = states[:, :1] if first_only else states
+        states = residual + self.self_attn(self.layer_norm1(states), first_only)
+        return states + cast(Tensor, self.mlp(self.layer_norm2(states)))
+
+
+class _VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_VisionLayer(config) for _ in range(config.layers)])
+
+
+class VisionTransformer(nn.Module):
+    """Pre-norm ViT with a class token; parameters named as in transformers' `BlipVisionModel`."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = _PatchEmbeddings(config)
+        self.encoder = _VisionEncoder(config)
+        self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
+        initialise(self)
+
+    def forward(self, pixel_values: Tensor, *, first_only: bool = False) -> Tensor:
+        """Image tokens after the last LayerNorm.
+
+        ``pixel_values``: (B, 3, S, S), float, normalised. Returns (B, 1 + P, D), the class token
+        first; with ``first_only`` the class token alone, (B, 1, D), without computing the last
+        layer elsewhere.
+        """
+        states = self.embeddings(pixel_values)
+        last = len(self.encoder.layers) - 1
+        for index, layer in enumerate(self.encoder.layers):
+            states = layer(states, first_only and index == last)
+        return cast(Tensor, self.post_layernorm(states))

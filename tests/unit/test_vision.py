@@ -1,0 +1,65 @@
+"""The vision transformer against transformers' eager one, same weights, in double precision."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import BlipVisionConfig
+from transformers.models.blip.modeling_blip import BlipVisionModel
+
+from stages.models.vision import VisionConfig, VisionTransformer
+
+CONFIG = VisionConfig(image_size=32, patch_size=8, width=48, layers=2, heads=4, mlp_width=96)
+
+
+@pytest.mark.parametrize("eps", [1e-6, 1e-5])
+def test_equals_transformers(eps: float) -> None:
+    torch.manual_seed(0)
+    theirs = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            image_size=32,
+            patch_size=8,
+            layer_norm_eps=eps,
+        )
+    ).double()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(std=0.2)
+    ours = VisionTransformer(CONFIG.model_copy(update={"eps": eps})).double()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    # Small contrasts, so that the eps of the LayerNorm shows.
+    pixels = 0.01 * torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    expected = theirs(pixels).last_hidden_state
+    assert (ours(pixels) - expected).abs().max() < 1e-10
+    assert (ours(pixels, first_only=True) - expected[:, :1]).abs().max() < 1e-10
+
+
+def test_gradients_equal_those_of_the_whole_when_only_the_first_is_read() -> None:
+    ours = VisionTransformer(CONFIG).double()
+    pixels = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    names, weights = zip(*ours.named_parameters(), strict=True)
+    whole = torch.autograd.grad(ours(pixels)[:, 0].square().sum(), weights)
+    first = torch.autograd.grad(ours(pixels, first_only=True).square().sum(), weights)
+    for name, expected, found in zip(names, whole, first, strict=True):
+        assert (expected - found).abs().max() < 1e-10, name
+
+
+def test_weights_start_large_enough_to_learn() -> None:
+    # transformers' BlipVisionConfig starts at 1e-10, and a model that starts there does not learn.
+    vision = VisionTransformer(CONFIG)
+    for weight in (
+        vision.embeddings.patch_embedding.weight,
+        vision.embeddings.position_embedding,
+        vision.encoder.layers[0].self_attn.qkv.weight,
+    ):
+        assert 0.015 < weight.std().item() < 0.025
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValidationError, match="width 50 is not a multiple of heads 12"):
+        VisionConfig(width=50)
+    with pytest.raises(ValidationError, match="image_size 30 is not a multiple of patch_size 8"):
+        VisionConfig(image_size=30, patch_size=8)
