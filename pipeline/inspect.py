@@ -166,8 +166,10 @@ class Query:
         for name, view in self._views.items():
             if self._store.is_local or re.search(rf"\b{name}\b", sql, re.IGNORECASE):
                 paths = [str(self._store.local_copy(payload.path)) for payload in view.files]
-                allowed += paths
-                listed = ", ".join(_literal(_unglobbed(path)) for path in paths)
+                patterns = [_unglobbed(path) for path in paths]
+                # What is looked for is checked as well as what is found.
+                allowed += dict.fromkeys([*paths, *patterns])
+                listed = ", ".join(map(_literal, patterns))
                 connection.execute(
                     f'CREATE VIEW "{name}" AS SELECT * '
                     f"FROM read_parquet([{listed}], hive_partitioning=false)"

@@ -217,9 +217,10 @@ def _rows(store: Store, records: Sequence[Record], table: str) -> Iterator[dict[
 
 def print_status(status: RunStatus, out: Console) -> None:
     """The whole run: every stage of every round, then the figures."""
-    begun = f", begun {_moment(status.created)}" if status.created else ""
+    begun = f"begun {_moment(status.created)}, " if status.created else ""
     done = sum(round_.complete for round_ in status.rounds)
-    out.print(Text(f"{clean(status.url)}{begun}: {done} of {_planned(status)} rounds done"))
+    out.print(Text(clean(status.url)))
+    out.print(Text(f"{begun}{done} of {_planned(status)} rounds done"))
     for round_ in status.rounds:
         out.print()
         _print_round(round_, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import Request, urlopen
 
 import pytest
 import s3fs
@@ -21,6 +22,8 @@ def s3_bucket(patch: pytest.MonkeyPatch, name: str = "bucket") -> Iterator[str]:
     try:
         host, port = server.get_host_and_port()
         use_endpoint(patch, f"http://{host}:{port}")
+        # All servers of a process share what they store.
+        urlopen(Request(f"http://{host}:{port}/moto-api/reset", method="POST")).close()
         s3fs.S3FileSystem().mkdir(name)
         yield f"s3://{name}"
     finally:

@@ -1,0 +1,168 @@
+"""A run's YAML: what is accepted, and one clear line for everything that is not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.config import RunConfig, load, parse, substitute
+from stages.errors import ConfigError
+
+MINIMAL: dict[str, Any] = {
+    "run": "runs/x",
+    "sources": [{"path": "web.parquet"}],
+    "human": [{"path": "human", "kind": "human"}],
+    "pretrain": {"tokenizer": "bert-base-uncased"},
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL))
+    return path
+
+
+def problem(file: Path, *overrides: str) -> str:
+    """The one line with which a config is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load(str(file), overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_what_is_left_out_has_its_default(file: Path) -> None:
+    config = load(str(file))
+    assert config.rounds.count == 2 and config.select.threshold == 0.5
+    assert config.first_round == 0
+    assert load(str(file)) == config
+
+
+def test_overrides_are_yaml_and_reach_into_lists(file: Path) -> None:
+    config = load(
+        str(file),
+        [
+            "select.threshold=0.4",
+            "rounds.count=7",
+            "sources.0.path=other.csv",
+            "dev=probes/dev",
+            "engine.address=null",
+            "run=s3://bucket/a=b",
+        ],
+    )
+    assert config.select.threshold == 0.4 and config.rounds.count == 7
+    assert config.sources[0].path == "other.csv" and config.engine.address is None
+    assert config.run == "s3://bucket/a=b"
+
+
+def test_an_override_fills_an_empty_section(file: Path) -> None:
+    file.write_text(file.read_text() + "select:\n")
+    assert load(str(file), ["select.threshold=0.25"]).select.threshold == 0.25
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("select.treshold=0.4", ["select.treshold", "unknown key", "did you mean 'threshold'"]),
+        ("selekt.threshold=0.4", ["selekt", "unknown key", "did you mean 'select'"]),
+        ("select.zzz=1", ["select.zzz", "allowed are", "synthetic_threshold"]),
+        ("sources.0.pth=x", ["sources.0.pth", "did you mean 'path'"]),
+        ("select.threshold=2", ["select.threshold", "2", "less than or equal to 1"]),
+        ("select.threshold=high", ["select.threshold", "'high'", "valid number"]),
+        ("select.keep=all", ["select.keep", "'all'", "'web', 'synthetic' or 'both'"]),
+        ("rounds.count=-1", ["rounds.count", "-1", "greater than or equal to 0"]),
+        ("human=[]", ["human", "at least one human-annotated source"]),
+        ("sources=[]", ["sources", "at least 1"]),
+        ("caption.model=somewhere", ["caption.model and filter.model: give both"]),
+        ("run=null", ["run", "None", "valid string"]),
+        ("threshold", ["'threshold'", "key=value"]),
+        ("=3", ["'=3'", "key=value"]),
+        ("select.threshold=[1", ["select.threshold", "'[1'", "valid number"]),
+        ("sources.4.path=x", ["sources.4.path", "no element '4'"]),
+        ("sources.first.path=x", ["no element 'first'"]),
+        ("run.name=x", ["run.name=x", "run holds no settings"]),
+        ("select.threshold.deep.x=1", ["select.threshold", "1"]),
+        ("select.threshold=" + "9" * 500, ["select.threshold", "9..."]),
+    ],
+)
+def test_a_bad_override_is_named(file: Path, override: str, parts: list[str]) -> None:
+    said = problem(file, override)
+    assert all(part in said for part in parts), said
+    assert len(said) < 500
+
+
+def test_a_misspelt_section_is_named_rather_than_called_missing(file: Path) -> None:
+    file.write_text(file.read_text().replace("pretrain", "pretrian"))
+    assert "pretrian: unknown key; did you mean 'pretrain'? (and 1 more)" in problem(file)
+
+
+def test_the_file_is_named(file: Path) -> None:
+    assert problem(file, "select.threshold=2").startswith(f"{file}: select.threshold: 2 ")
+
+
+def test_released_models_start_at_round_1(file: Path) -> None:
+    models = ["caption.model=a/b", "filter.model=c/d"]
+    assert "embed.model: needed" in problem(file, *models)
+    assert load(str(file), [*models, "embed.model=e/f"]).first_round == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "must hold a mapping"),
+        ("- a\n- b\n", "must hold a mapping of settings, found list"),
+        ("a: [1\nb: 2\n", "not YAML"),
+        ("a: \x01\n", "not YAML"),
+        ("run: x\n", "sources: is missing"),
+        ("1: 2\n", "run: is missing"),
+        ("!!python/object/apply:os.system ['true']\n", "not YAML"),
+    ],
+)
+def test_a_bad_file_is_said_in_one_line(tmp_path: Path, text: str, part: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    said = problem(path)
+    assert said.startswith(f"{path}: ") and part in said
+
+
+def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
+    assert "cannot be read" in problem(tmp_path / "none.yaml")
+    assert "cannot be read" in problem(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in problem(tmp_path / "bytes.yaml")
+
+
+def test_the_seed_reaches_every_stage_that_names_none(file: Path) -> None:
+    config = load(str(file), ["seed=5", "pretrain.seed=9"])
+    assert config.caption.generation.seed == 5 and config.finetune.filter.seed == 5
+    assert config.pretrain.seed == 9
+
+
+def test_the_world_is_filled_in_everywhere(file: Path) -> None:
+    config = load(
+        str(file),
+        ["world={}", "sources.0.path={world}/web.parquet", "pretrain.tokenizer={world}/tokenizer"],
+    )
+    filled = substitute(config, Path("/a/world"))
+    assert filled.sources[0].path == "/a/world/web.parquet"
+    assert filled.pretrain.tokenizer == "/a/world/tokenizer"
+    assert "{world}" not in filled.model_dump_json()
+    assert config.sources[0].path == "{world}/web.parquet"
+
+
+def test_a_config_survives_json(file: Path) -> None:
+    """run.json holds it; resuming and reporting read it back."""
+    config = load(str(file), ["seed=3"])
+    assert RunConfig.model_validate_json(config.model_dump_json()) == config
+    assert parse(config.model_dump(), "again") == config
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name
+)
+def test_the_configs_that_come_along_are_valid(path: Path) -> None:
+    config = load(str(path))
+    assert config.run and config.rounds.count > 0
