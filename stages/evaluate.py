@@ -52,6 +52,8 @@ class EvaluateConfig(Config):
     """ITM probability from which the filter keeps a text, for its precision and recall."""
     prompt: str = "a picture of "
     """Of the captioner; must be the one that it was fine-tuned with."""
+    max_text_tokens: int = Field(35, ge=3)
+    """Tokens of a text that is matched, [CLS] and [SEP] included."""
     num_beams: int = Field(3, ge=1)
     min_tokens: int = Field(5, ge=1)
     max_tokens: int = Field(20, ge=2)
@@ -154,7 +156,12 @@ class EvaluateStage(DatasetStage):
     ) -> Measured:
         from stages.models.matcher import Matcher
 
-        matcher = Matcher(source, default_device(), batch_size=self.config.batch_size)
+        matcher = Matcher(
+            source,
+            default_device(),
+            batch_size=self.config.batch_size,
+            max_tokens=self.config.max_text_tokens,
+        )
         measured = retrieval(matcher, probes, images, self.config.k_test)
         if model == "filter":
             quality = filter_quality(matcher, probes, images, self.config.threshold)

@@ -79,7 +79,8 @@ class FilterFinetuneConfig(FinetuneConfig):
     momentum: float = Field(0.995, ge=0, le=1)
     text_negatives: int = Field(0, ge=0)
     """Near-miss texts of each pair: its caption with one word exchanged for another that human
-    captions have in the same place (`stages.training.swaps`). Sharpens ITM beyond the paper."""
+    captions have in the same place (`stages.training.swaps`). Sharpens ITM
+    beyond the paper, and lowers its probabilities, since fewer of its rows match."""
 
     def med_config(self) -> MedConfig:
         update = {"queue_size": self.queue_size, "momentum": self.momentum}
@@ -191,7 +192,7 @@ class _Finetune(DatasetStage):
         source = inputs["med"][0]
         with seeded(config.seed):
             med = load_med(source, config.med_config())
-        _train_only(med, self.parts)
+        train_only(med, self.parts)
         tokenizer = load_tokenizer(source)
         pairs = Pairs(
             inputs["train"],
@@ -207,7 +208,8 @@ class _Finetune(DatasetStage):
             write_log(output_dir, log, pairs)
 
 
-def _train_only(med: Med, parts: Sequence[str]) -> None:
+def train_only(med: Med, parts: Sequence[str]) -> None:
+    """Freeze everything but the named modules, and the temperature where there is matching."""
     for parameter in med.parameters():
         parameter.requires_grad_(False)
     for part in parts:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed import all_gather_into_tensor
+from torch.distributed import all_gather_into_tensor, all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.base import Config, Context, operational
@@ -145,9 +145,9 @@ class _Training:
             min_scale=config.min_scale,
         )
         self.schedule = _schedule(config, self.loader.epoch_length)
-        parameters = [p for p in self.losses.parameters() if p.requires_grad]
+        self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(
-            parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
+            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         self.log: list[dict[str, object]] = []
         self.window: list[Tensor] = []
@@ -180,11 +180,25 @@ class _Training:
             losses: MedLosses = model(batch, self.schedule.alpha_at(batch.step), gather)
         total = losses.total
         total.backward()  # type: ignore[no-untyped-call]
-        if self.config.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.losses.parameters(), self.config.clip_grad_norm)
+        self._check_step(batch.step, total.item(), self._gradient_norm())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.window.append(torch.stack([total.detach(), *(loss.detach() for loss in losses)]))
+
+    def _gradient_norm(self) -> float:
+        """Norm of the whole gradient, before it is clipped."""
+        if self.config.clip_grad_norm is not None:
+            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
+        else:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        return norm.item()
+
+    def _check_step(self, step: int, loss: float, gradient: float) -> None:
+        # Before the optimiser moves: so weights stay finite, and with them every checkpoint.
+        if not math.isfinite(loss):
+            self._fail(step + 1, f"the loss is {loss}")
+        if not math.isfinite(gradient):
+            self._fail(step + 1, f"the gradient's norm is {gradient} at a loss of {loss:.3g}")
 
     def _distributed(self) -> tuple[nn.Module, Gather | None]:
         if self.ctx.world_size == 1:
@@ -205,13 +219,13 @@ class _Training:
         """Means of the window's losses.
 
         Raises:
-            TrainingError: one of them is not finite, or their mean is far above the first line's.
+            TrainingError: they are far above the first line's.
         """
         rows = torch.stack(self.window)
-        finite = rows[:, 0].isfinite()
-        if not finite.all():
-            step = done - len(rows) + int(finite.logical_not().nonzero()[0]) + 1
-            self._fail(step, f"the loss is {rows[step - done + len(rows) - 1, 0].item()}")
+        if self.ctx.world_size > 1:
+            # So that all workers see the same means, and all stop where one of them must.
+            all_reduce(rows)
+            rows /= self.ctx.world_size
         means: list[float] = rows.double().mean(0).tolist()
         if self.first_loss is not None and means[0] > DIVERGED * self.first_loss:
             self._fail(done, f"the loss rose to {means[0]:.3g} from {self.first_loss:.3g} at first")
@@ -249,10 +263,6 @@ class _Training:
     def _save(self, done: int) -> None:
         if self.window:
             self._check(done)
-        # A finite loss can have a gradient that is not: its weights must not replace good ones.
-        norms = torch.stack(torch._foreach_norm(list(self.losses.parameters())))
-        if not norms.isfinite().all():
-            self._fail(done, "a weight is not finite")
         if self.ctx.rank:
             return
         state = {
