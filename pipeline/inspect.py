@@ -162,7 +162,7 @@ class Query:
                 "python_enable_replacements": False,
             },
         )
-        allowed = []
+        allowed: list[str] = []
         for name, view in self._views.items():
             if self._store.is_local or re.search(rf"\b{name}\b", sql, re.IGNORECASE):
                 paths = [str(self._store.local_copy(payload.path)) for payload in view.files]

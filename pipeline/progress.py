@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TextIO
+from typing import Self, TextIO
+
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
 
 from pipeline.terminal import breakdown, clean, console, duration
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 _SECONDS = 5.0
 _BAR = 16
@@ -92,6 +94,8 @@ class Screen:
         self._lock = threading.RLock()
         self._stages: dict[str, _Stage] = {}
         self._told: set[tuple[str, str, str]] = set()
+        self._handed_over = 0.0
+        """When the last whole-round stage ended."""
         capable = self._file.isatty() and os.environ.get("TERM") != "dumb"
         self._live = _Live(self) if (capable if live is None else live) else None
 
@@ -151,10 +155,6 @@ class Screen:
 
     def render(self) -> Table:
         """The stages that are not ended, one line each, with bars."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(width=20)
         table.add_column(width=_BAR)
@@ -189,7 +189,8 @@ class Screen:
             return ended.last - (ended.first or ended.last)
         # Stages that are begun together follow each other: the next one's first sign ends this.
         following = [s.first for s in self._stages.values() if s.first is not None]
-        return min([now, *following]) - (ended.first or ended.begun)
+        start, self._handed_over = max(ended.begun, self._handed_over), min([now, *following])
+        return max(0.0, self._handed_over - start)
 
     def _print(self, line: str) -> None:
         """``line`` as it is; its parts must be clean already."""
@@ -204,8 +205,6 @@ class _Live:
     """rich's live region at the foot of a terminal; lines that stay scroll by above it."""
 
     def __init__(self, screen: Screen) -> None:
-        from rich.live import Live
-
         self._console = console(screen.file)
         self._live = Live(
             get_renderable=screen.render,
@@ -224,8 +223,6 @@ class _Live:
         self._live.stop()
 
     def print(self, line: str) -> None:
-        from rich.text import Text
-
         self._console.print(Text(line))
 
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 from rich.console import Console
@@ -243,7 +244,7 @@ def _moment(seconds: float) -> str:
 
 def _print_round(round_: RoundStatus, out: Console) -> None:
     stage = round_.next_stage
-    where = "done" if round_.complete else f"at {stage.name if stage else 'gate'}"
+    where = "complete" if round_.complete else f"at {stage.name if stage else 'gate'}"
     table = grid(f"round {round_.number}", "done", "took", where, right=frozenset({"done", "took"}))
     for stage in round_.stages:
         took = duration(stage.seconds) if stage.done and not stage.reused else ""
@@ -270,7 +271,7 @@ def print_figures(status: RunStatus, out: Console) -> None:
     metrics = grid("metric", *columns, right=numbers)
     for metric in _shown(status.rounds):
         values = [round_.metrics.get(metric) for round_ in status.rounds]
-        metrics.add_row(Text(clean(" ".join(metric))), *(Text(_figure(value)) for value in values))
+        metrics.add_row(Text(clean(" ".join(metric))), *map(Text, _figures(values)))
     for table in (pairs, metrics):
         if table.row_count:
             out.print()
@@ -278,12 +279,17 @@ def print_figures(status: RunStatus, out: Console) -> None:
 
 
 def _shown(rounds: Sequence[RoundStatus]) -> list[Key]:
-    known = {key for round_ in rounds for key in round_.metrics}
-    truth = sorted(key for key in known if key[0] == "truth")
+    known = dict.fromkeys(key for round_ in rounds for key in round_.metrics)
+    truth = [key for key in known if key[0] == "truth"]
     return [*(key for key in _KEY_METRICS if key in known), *truth]
 
 
-def _figure(value: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if abs(value) > 1 and value.is_integer() else f"{value:.3f}"
+def _figures(values: Sequence[float | None]) -> list[str]:
+    """One metric over the rounds: counts without decimals, shares with three."""
+    numbers = [value for value in values if value is not None and isfinite(value)]
+    counts = all(value.is_integer() for value in numbers) and any(v > 1 for v in numbers)
+    places = 0 if counts else 3
+    return [
+        "" if value is None else f"{value:,.{places}f}" if isfinite(value) else "–"
+        for value in values
+    ]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, TextIO
+from typing import NoReturn, TextIO
 
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 COLUMNS = 100
 
@@ -66,11 +66,15 @@ def breakdown(counts: dict[str, int]) -> str:
     return f"{sum(counts.values()):,}: {parts}"
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        """rich ends the program with exit code 1; a reader that has seen enough is no error."""
+        raise BrokenPipeError
+
+
 def console(file: TextIO) -> Console:
     """A console of at most 100 columns that takes no text for markup."""
-    from rich.console import Console
-
-    made = Console(file=file, highlight=False, markup=False, emoji=False)
+    made = _Console(file=file, highlight=False, markup=False, emoji=False)
     made.width = min(made.width, COLUMNS) if made.is_terminal else COLUMNS
     return made
 
@@ -80,9 +84,6 @@ def grid(*headings: str, right: frozenset[str] = frozenset()) -> Table:
 
     Its cells must be `clean` already: rich keeps escape sequences.
     """
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for heading in headings:
         table.add_column(heading, justify="right" if heading in right else "left", overflow="fold")

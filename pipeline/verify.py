@@ -148,13 +148,17 @@ def _check_parquet(store: Store, payload: Payload, table: Published | None) -> l
             parquet = pq.ParquetFile(file)
             rows, schema = parquet.metadata.num_rows, parquet.schema_arrow
     except (pa.ArrowInvalid, OSError) as error:
-        return [f"{payload.path}: not readable Parquet: {error}"]
+        return [f"{payload.path}: not readable Parquet: {_one_line(error)}"]
     if rows != payload.rows:
         problems.append(f"{payload.path}: {rows} rows, its record says {payload.rows}")
     expected = table.schema if table is not None else None
     if expected is not None and not schema.equals(expected):
         problems.append(f"{payload.path}: {_schema_problem(schema, expected)}")
     return problems
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _schema_problem(found: pa.Schema, expected: pa.Schema) -> str:
@@ -229,11 +233,18 @@ def _check_training_set(store: Store, record: Record) -> list[str]:
         stems = Counter(member.partition(".")[0] for member, _ in read if not _is_json(member))
         problems += [f"{name}: {p}" for p in _differences("sample", set(expected[name]), stems)]
         for member, data in read:
-            if _is_json(member):
-                pairs = {text["pair_id"] for text in json.loads(data)["texts"]}
-                if pairs != expected[name].get(member.partition(".")[0]):
-                    problems.append(f"{name}: {member}: other texts than the index has")
+            pairs = expected[name].get(member.partition(".")[0])
+            if _is_json(member) and _pairs_of(data) != pairs:
+                problems.append(f"{name}: {member}: other texts than the index has")
     return problems
+
+
+def _pairs_of(sample: bytes) -> set[str] | None:
+    """The pair ids in the JSON of a training sample; None where it is not of that form."""
+    try:
+        return {text["pair_id"] for text in json.loads(sample)["texts"]}
+    except (ValueError, KeyError, TypeError):
+        return None
 
 
 def _is_json(member: str) -> bool:
@@ -256,15 +267,15 @@ def _members(store: Store, payload: Payload) -> list[tuple[str, bytes]] | str:
     """(name, content) of every member, contents of JSON only; or what is wrong with the tar."""
     members = []
     try:
-        with _opened(store, payload) as path, tarfile.open(path) as archive:
+        with _opened(store, payload) as path, tarfile.open(path, "r:") as archive:
             for member in archive:
-                file = archive.extractfile(member)
+                file = archive.extractfile(member) if member.isfile() else None
                 if file is None:
                     return f"{payload.path}: {member.name} is not a file"
                 data = file.read()
                 members.append((member.name, data if _is_json(member.name) else b""))
     except (tarfile.TarError, EOFError, OSError) as error:
-        return f"{payload.path}: not a readable tar: {error}"
+        return f"{payload.path}: not a readable tar: {_one_line(error)}"
     return members
 
 

@@ -166,6 +166,37 @@ def test_what_another_process_writes_is_seen_at_once(store: Store) -> None:
     assert len(store.record_names()) == 2
 
 
+def test_a_checkpoint_replaces_the_last_as_a_whole(store: Store) -> None:
+    if store.url.startswith("memory"):
+        pytest.skip("memory:// cannot be seen from another process")
+    from pipeline.engine.dataset import Checkpoints
+
+    kept = Checkpoints(store, "pretrain-00ff")
+    assert kept.last() is None
+    for step in (10, 20):
+        kept.save(lambda folder, step=step: fill(folder, step))
+        last = kept.last()
+        assert last is not None and (last / "state" / "step").read_text() == str(step)
+
+    def die(folder: Path) -> None:
+        (folder / "step").write_text("half of")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept.save(die)
+    again = Checkpoints(Store(store.url), "pretrain-00ff").last()
+    assert again is not None and (again / "state" / "step").read_text() == "20"
+    assert len(store.files("scratch")) == 2
+    assert Checkpoints(store, "pretrain-other").last() is None
+    kept.remove()
+    assert kept.last() is None and store.files() == {}
+
+
+def fill(folder: Path, step: int) -> None:
+    (folder / "state").mkdir()
+    (folder / "state" / "step").write_text(str(step))
+
+
 @pytest.mark.parametrize("data", [b"", b"[]", b'{"stage": "caption"}', b"\xff\xfe"])
 def test_what_is_no_record_is_said_in_one_line(store: Store, data: bytes) -> None:
     store.create("records/run/bad.json", data)
