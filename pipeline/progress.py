@@ -161,12 +161,13 @@ class Screen:
         table.add_column(width=11, justify="right", no_wrap=True)
         table.add_column(ratio=1, no_wrap=True)
         now = time.monotonic()
-        with self._lock:
-            for stage in self._stages.values():
-                done, total = stage.share
-                bar = ProgressBar(total=max(total, 1), completed=done, width=_BAR)
-                detail = Text(_detail(stage, now), no_wrap=True, overflow="ellipsis")
-                table.add_row(Text(f"  {clean(stage.name)}"), bar, Text(f"{done}/{total}"), detail)
+        # Called under rich's lock, which `_print` takes while it holds ours: without a lock here,
+        # so that the two can never wait for each other. A figure may be half a second old.
+        for stage in list(self._stages.values()):
+            done, total = stage.share
+            bar = ProgressBar(total=max(total, 1), completed=done, width=_BAR)
+            detail = Text(_detail(stage, now), no_wrap=True, overflow="ellipsis")
+            table.add_row(Text(f"  {clean(stage.name)}"), bar, Text(f"{done}/{total}"), detail)
         return table
 
     def _tell(self, stage: str, shard: str, problem: str) -> None:

@@ -223,6 +223,30 @@ def test_a_terminal_gets_bars_that_fit(columns: int) -> None:
     assert said.rstrip().endswith("\x1b[?25h") or said.count("\x1b[?25l") == said.count("\x1b[?25h")
 
 
+BUSY = """
+import faulthandler, threading
+from pipeline.progress import Notices, Screen
+faulthandler.dump_traceback_later(30, exit=True)
+with Screen() as screen:
+    screen._live._live.refresh_per_second = 10_000
+    screen.begin("caption", total=4000)
+    def update():
+        for step in range(2000):
+            errors = {("caption", str(step)): ("E", "x")}
+            screen.update(Notices(done={"caption": step}, errors=errors))
+    other = threading.Thread(target=update)
+    other.start()
+    for number in range(500):
+        screen.note(f"note {number}")
+    other.join()
+"""
+
+
+def test_the_screen_and_its_live_region_never_wait_for_each_other() -> None:
+    said = in_terminal(BUSY, 100)
+    assert "note 499" in said
+
+
 def test_a_dumb_terminal_gets_plain_lines() -> None:
     said = in_terminal(LIVE, 100, TERM="dumb")
     assert "\x1b" not in said
