@@ -105,12 +105,19 @@ def train(
 
     Raises:
         TrainingError: the loss is not finite or diverges; the last checkpoint stays.
-        ConfigError: the batch cannot be shared out evenly among the workers.
+        ConfigError: the batch cannot be shared out evenly among the workers, or texts are longer
+            than the model reads.
     """
     if config.batch_size % ctx.world_size:
         raise ConfigError(
             f"{name}.batch_size: {config.batch_size} pairs cannot be shared out evenly among "
             f"{ctx.world_size} workers; give a multiple of {ctx.world_size}"
+        )
+    longest, positions = int(pairs.lengths.max()), losses.med.config.text.max_positions
+    if longest > positions:
+        raise ConfigError(
+            f"{name}: texts of {longest} tokens do not fit the model's {positions} positions; "
+            f"lower max_tokens (pretrain: model.max_text_tokens) to {positions}"
         )
     with torch_threads(config.threads), torch.random.fork_rng():
         return _Training(name, trained, losses, pairs, config, ctx, human_repeat).run()
