@@ -15,20 +15,20 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
-from stages.embed import EmbedConfig
-from stages.evaluate import EvaluateConfig
-from stages.filter import FilterConfig
-from stages.finetune import CaptionerFinetuneConfig, FilterFinetuneConfig
-from stages.pretrain import PretrainConfig
 
 from stages.assemble import AssembleConfig
 from stages.base import Config, operational
 from stages.caption import CaptionConfig
 from stages.dedup import DedupConfig
 from stages.download import DownloadConfig
+from stages.embed import EmbedConfig
 from stages.errors import ConfigError
+from stages.evaluate import EvaluateConfig
+from stages.filter import FilterConfig
+from stages.finetune import CaptionerFinetuneConfig, FilterFinetuneConfig
 from stages.gate import GateConfig
 from stages.ingest import IngestConfig
+from stages.pretrain import PretrainConfig
 from stages.readers import SourceConfig
 from stages.scenes.config import WorldConfig
 from stages.select import SelectConfig

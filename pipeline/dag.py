@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from stages.embed import EmbedStage
-from stages.filter import FilterStage
 
 from pipeline.config import RunConfig
 from pipeline.store import fingerprint, record_name
 from stages.base import Config, DatasetStage, ShardStage
 from stages.caption import CaptionStage
 from stages.download import DownloadStage
+from stages.embed import EmbedStage
+from stages.filter import FilterStage
 from stages.schemas import IMAGES, IMAGES_WITH_TEXTS
 
 SHARD_READS: Mapping[str, tuple[str, ...]] = {

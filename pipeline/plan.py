@@ -12,10 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
-from stages.evaluate import EvaluateStage
-from stages.finetune import CaptionerFinetune, FilterFinetune
-from stages.pretrain import PretrainStage
-from stages.scenes.stage import AuditStage
 
 from pipeline.config import RunConfig
 from pipeline.dag import (
@@ -34,6 +30,10 @@ from stages.assemble import AssembleStage
 from stages.base import Config, DatasetStage
 from stages.dedup import DedupStage
 from stages.errors import SourceError
+from stages.evaluate import EvaluateStage
+from stages.finetune import CaptionerFinetune, FilterFinetune
+from stages.pretrain import PretrainStage
+from stages.scenes.stage import AuditStage
 from stages.select import SelectStage
 
 

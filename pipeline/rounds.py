@@ -16,7 +16,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from stages.evaluate import EvaluateStage
 
 from pipeline.config import RunConfig, substitute
 from pipeline.dag import DatasetTask, Published, made_here
@@ -30,6 +29,7 @@ from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round
 from pipeline.progress import Screen
 from pipeline.sources import ingest, new_files
 from pipeline.store import Record, Store, fingerprint, record_name
+from stages.evaluate import EvaluateStage
 from stages.gate import Decision, decide
 from stages.scenes.server import WorldServer
 from stages.scenes.world import build_world
@@ -142,8 +142,8 @@ class _Loop:
     def _round(self, plan: RoundPlan) -> None:
         """Do all of the round that is not yet published."""
         self._board.reset.remote()
+        self._label(plan)
         with watched(self._board, self._screen.update):
-            self._label(plan)
             for task in plan.curation:
                 self._dataset(task)
             self._train(plan)
@@ -158,12 +158,13 @@ class _Loop:
             todo = sum(task.name in job.todo for job in jobs)
             mine = sum(task.name in job.records for job in jobs)
             self._screen.begin(task.name, total=mine, done=mine - todo)
-        run_shards(
-            self._store,
-            plan.shard_tasks,
-            lambda: plan.jobs(self._store.record_names()),
-            self._board,
-        )
+        with watched(self._board, self._screen.update):
+            run_shards(
+                self._store,
+                plan.shard_tasks,
+                lambda: plan.jobs(self._store.record_names()),
+                self._board,
+            )
         for task in plan.shard_tasks:
             self._screen.end(task.name)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,17 @@ from pipeline.engine.board import Board
 from stages.errors import RunError
 
 _GIB = 1 << 30
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # Workers must not rebuild an environment of their own when the driver came from `uv run`.
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    # Threads of torch that spin while they wait take the cores from the stages beside them:
+    # measured here, a training step on contended cores took four times as long.
+    "OMP_WAIT_POLICY": "passive",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+}
 
 
 @contextmanager
@@ -38,7 +50,8 @@ def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.print_on_execution_start = False
-        yield Board.remote()
+        board: Any = Board
+        yield board.remote()
     finally:
         ray.shutdown()
 
@@ -59,12 +72,10 @@ def _init(config: EngineConfig) -> None:
 
 
 def _quieten(log_file: Path) -> None:
-    """Send what Ray's libraries log in the driver to a file, and keep workers from sampling use."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")
-    # Workers must not rebuild an environment of their own when the driver came from `uv run`.
-    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
+    """Send what Ray's libraries log in the driver to a file; set what local workers inherit."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", module=r"ray\..*")
     log_file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log_file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

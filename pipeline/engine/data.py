@@ -171,7 +171,7 @@ def _one_pass(
     plan_ref = ray.put(plan)
     rows = [_pack(job.shard, {}) for job in jobs]
     dataset = ray.data.from_arrow(rows)
-    for task, share in zip(active, fit(active, ray.cluster_resources()), strict=True):
+    for task, share in zip(active, fit(active, _resources()), strict=True):
         dataset = _operator(dataset, task, share, plan_ref)
     try:
         for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
@@ -179,6 +179,11 @@ def _one_pass(
     except RayError as error:
         return _one_line(error)[:300]
     return None
+
+
+def _resources() -> dict[str, float]:
+    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return cluster
 
 
 class _Operator:
@@ -209,6 +214,9 @@ def _operator(dataset: Any, task: ShardTask, share: Share, plan_ref: Any) -> Any
         ),
         num_cpus=share.cpus,
         num_gpus=share.gpus or None,
-        max_restarts=1,
-        max_task_retries=1,
+        ray_remote_args_fn=_bounded_retries,
     )
+
+
+def _bounded_retries() -> dict[str, int]:
+    return {"max_restarts": 1, "max_task_retries": 1}
