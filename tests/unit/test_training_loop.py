@@ -138,9 +138,9 @@ def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
 
 
 def test_texts_that_the_model_cannot_hold_are_refused(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(toy_tokenizer(tmp_path / "tokenizer"))
-    tar = toy_tar(tmp_path / "web.tar", words="a {} square" + " on the wall" * 20)
     _, med, config = set_up(tmp_path)
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    tar = toy_tar(tmp_path / "long.tar", words="a {} square" + " on the wall" * 20)
     pairs = Pairs([tar], tokenizer, max_tokens=50, max_words=60)
     with pytest.raises(ConfigError, match="50 tokens do not fit the model's 40 positions"):
         train("pretrain", (), PretrainLosses(med), pairs, config, LocalContext())
