@@ -202,8 +202,7 @@ def _do_report(options: argparse.Namespace) -> int:
 
     from pipeline.report.render import write_report
 
-    default = Path(store.path("report.html")) if store.is_local else Path("report.html")
-    print(write_report(store, options.output or default))
+    print(write_report(store, options.output))
     return 0
 
 

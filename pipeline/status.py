@@ -167,13 +167,13 @@ def _stage(
         done=len(records),
         total=len(planned),
         counts=dict(counts),
-        seconds=_covered((record.started, record.finished) for record in records),
+        seconds=covered((record.started, record.finished) for record in records),
         finished=max((record.finished for record in records), default=0.0),
         reused=bool(planned) and earlier.issuperset(planned),
     )
 
 
-def _covered(spans: Iterable[tuple[float, float]]) -> float:
+def covered(spans: Iterable[tuple[float, float]]) -> float:
     """Length of the union of the spans: pauses between interrupted runs do not count."""
     total, end = 0.0, float("-inf")
     for start, stop in sorted(spans):
