@@ -194,8 +194,6 @@ _PLANS = (
     ),
 )
 
-_STYLES = ("c1", "c2", "c3")
-
 
 def _charts(rounds: Sequence[RoundFacts], split: str) -> list[Chart]:
     """The main figures over the rounds; nothing before there are two rounds to compare."""
@@ -206,11 +204,13 @@ def _charts(rounds: Sequence[RoundFacts], split: str) -> list[Chart]:
 
 def _metric_chart(rounds: Sequence[RoundFacts], plan: _Plan, split: str) -> Chart | None:
     series = []
-    for (model, metric, name), style in zip(plan.lines, _STYLES, strict=False):
+    styles = iter(("c1", "c2", "c3"))
+    for model, metric, name in plan.lines:
         found = [(f.number, _metric(f, (split, model, metric))) for f in rounds]
         points = [(float(n), m.value) for n, m in found if m is not None and isfinite(m.value)]
+        style = "raw" if name == "before" else next(styles)
         if points:
-            series.append(Series(name, points, "raw" if name == "before" else style))
+            series.append(Series(name, points, style))
     places = sorted({x for line in series for x, _ in line.points})
     if len(places) < 2:
         return None

@@ -152,12 +152,16 @@ def _recall(rounds: Sequence[RoundFacts]) -> Headline | None:
     (first, raw), (last, best) = found[0], found[-1]
     images = _values(rounds, (split, "med", "ir_at_1"))
     if first is last or first.bootstrapped:
-        return Headline("R@1", "", figure(best, "share"), f"text retrieval on the {split} probe")
+        return Headline(
+            "Retrieval R@1", "", figure(best, "share"), f"text retrieval on the {split} probe"
+        )
     note = f"text retrieval, {split} probe: raw pairs → bootstrapped"
     if len(images) > 1:
         both = (figure(images[0][1], "share"), figure(images[-1][1], "share"))
         note += f"; image retrieval {both[0]} → {both[1]}"
-    return Headline("R@1", figure(raw, "share"), figure(best, "share"), note, _tone(best - raw))
+    return Headline(
+        "Retrieval R@1", figure(raw, "share"), figure(best, "share"), note, _tone(best - raw)
+    )
 
 
 def _pairs(rounds: Sequence[RoundFacts]) -> Headline | None:
