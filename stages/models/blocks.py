@@ -62,6 +62,8 @@ class TextConfig(Config):
     vision_width: int = Field(default=768, ge=1)
     eps: float = Field(default=1e-12, gt=0)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    initializer_std: float = Field(default=INITIALIZER_STD, gt=0)
+    """Of fresh weights; see `VisionConfig.initializer_std`."""
     pad_token_id: int = Field(default=0, ge=0)
     cls_token_id: int = Field(default=101, ge=0)
     sep_token_id: int = Field(default=102, ge=0)
@@ -208,7 +210,7 @@ class TextStack(nn.Module):
         self.config = config
         self.embeddings = _TextEmbeddings(config)
         self.encoder = _TextEncoder(config)
-        initialise(self)
+        initialise(self, config.initializer_std)
 
     def cross_kv(self, image_tokens: Tensor) -> list[KeyValue]:
         """Per layer, the cross-attention's keys and values of (B, T, Dv) image tokens.
@@ -314,7 +316,7 @@ class LMHead(nn.Module):
         self.decoder = nn.Linear(config.width, config.vocab_size, device="meta")
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         self.decoder.bias = self.bias
-        initialise(self.transform)
+        initialise(self.transform, config.initializer_std)
         self.decoder.weight = word_embeddings.weight
         self.register_load_state_dict_pre_hook(_complete_tied)  # type: ignore[no-untyped-call]
 
