@@ -33,6 +33,7 @@ from stages.errors import SourceError
 from stages.evaluate import EvaluateStage
 from stages.finetune import CaptionerFinetune, FilterFinetune
 from stages.pretrain import PretrainStage
+from stages.probes import ANNOTATIONS
 from stages.scenes.stage import AuditStage
 from stages.select import SelectStage
 
@@ -246,8 +247,19 @@ def dataset_task(
 
 
 def probes(config: RunConfig) -> dict[str, Published | str]:
-    """The probe folders that are given, by split."""
-    return {k: v for k, v in (("dev", config.dev), ("test", config.test)) if v is not None}
+    """The probe folders that are given, by split.
+
+    Raises:
+        SourceError: one is not there. It is no hub id, and is read only after training.
+    """
+    given: dict[str, Published | str] = {}
+    for split, folder in (("dev", config.dev), ("test", config.test)):
+        if folder is None:
+            continue
+        if not (Path(folder) / ANNOTATIONS).is_file():
+            raise SourceError(f"{split}: {folder}: no {ANNOTATIONS} in it; give a probe folder")
+        given[split] = folder
+    return given
 
 
 def _output(task: DatasetTask, pattern: str) -> Published:

@@ -187,6 +187,8 @@ class _Loop:
         config = self._config
         named = {"caption": config.caption.model, "filter": config.filter.model}
         refs = {stage: str(ref) for stage, ref in named.items()}
+        # Looked up first: measuring takes long, and a misspelt path must not wait for it.
+        embedder = Model(str(config.embed.model), content_of(str(config.embed.model)))
         inputs: dict[str, Published | str] = {
             "captioner": refs["caption"],
             "filter": refs["filter"],
@@ -198,8 +200,7 @@ class _Loop:
         plan = {"round": 0, "shards": {}, "records": {task.name: [task.record]}}
         self._store.write_json("round=00/plan.json", plan)
         models = {s: Model(ref, content_of(ref), task.record) for s, ref in refs.items()}
-        embedder = str(config.embed.model)
-        return {**models, "embed": Model(embedder, content_of(embedder))}
+        return {**models, "embed": embedder}
 
     def _gate(self, plan: RoundPlan, holders: Mapping[str, Model]) -> dict[str, Model]:
         """The models of the next round: the new ones, or those that hold their place."""
