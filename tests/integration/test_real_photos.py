@@ -221,7 +221,7 @@ def test_every_row_ends_as_planned(done: Done) -> None:
     assert ended == done.web.expected
     rows = Counter(row["state"] for row in done.rows("round=01/stage=select/**/*rows.parquet"))
     assert rows == done.web.expected + Counter(downloaded=HUMAN)
-    # The server was never asked by its address in the network, and hears who asks.
+    # Servers hear who asks.
     assert all(agent.startswith("capfilt/") for agent in done.web.server.agents)
 
 
