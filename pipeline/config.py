@@ -6,7 +6,6 @@ field. Each stage's own config lives beside the stage; this module only puts the
 
 from __future__ import annotations
 
-import copy
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -71,7 +70,7 @@ class RunConfig(Config):
 
     run: str
     """The run folder: a local path or an fsspec URL."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     world: WorldConfig | None = None
     """The embedded sample world; ``{world}`` in any path below stands for its folder."""
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
@@ -120,11 +119,13 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: no such file, not YAML, or a field that is unknown, missing or out of range.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = _unshared(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply, or an alias holds itself") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must hold a mapping of settings, found {type(values).__name__}")
     for override in overrides:
@@ -150,7 +151,7 @@ _SEEDED = ("caption.generation", "pretrain", "finetune.captioner", "finetune.fil
 
 def _seeded(values: Mapping[str, Any]) -> dict[str, Any]:
     """``values`` with the run's seed where a stage takes one and none is given."""
-    filled: dict[str, Any] = copy.deepcopy(dict(values))
+    filled: dict[str, Any] = _unshared(values)
     for path in (*_SEEDED, *(["world"] if "world" in filled else [])):
         node: Any = filled
         for part in path.split("."):
@@ -158,6 +159,13 @@ def _seeded(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(node, dict):
             node.setdefault("seed", filled.get("seed", 0))
     return filled
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which a YAML alias is a node of its own: a change stays where it is made."""
+    if isinstance(value, Mapping):
+        return {key: _unshared(item) for key, item in value.items()}
+    return [_unshared(item) for item in value] if isinstance(value, list) else value
 
 
 def substitute(config: RunConfig, world: Path) -> RunConfig:

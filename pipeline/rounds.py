@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline import preflight
 from pipeline.config import RunConfig, substitute
 from pipeline.dag import DatasetTask, Published, made_here
 from pipeline.engine.board import watched
@@ -45,6 +46,9 @@ def run(config: RunConfig, screen: Screen, dry_run: bool = False) -> None:
         RunError: the run cannot go on; what is published stays.
     """
     store = Store(config.run)
+    numbers = range(config.first_round, config.rounds.count + 1)
+    begun = all(store.exists(f"round={number:02d}/plan.json") for number in numbers)
+    preflight.check(config, sources=not begun)
     store.ensure()
     with _sample_world(config, store) as (filled, world):
         loop = _Loop(filled, store, screen, world)
@@ -68,8 +72,7 @@ def _sample_world(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, 
         yield config, None
         return
     folder = Path(store.path("world")) if store.is_local else store.cache / "world"
-    if not (folder / "truth.parquet").exists():
-        build_world(config.world, folder)
+    build_world(config.world, folder)
     with WorldServer(folder) as server:
         config = substitute(config, folder)
         download = config.download.model_copy(update={"connect_to": server.connect_to})

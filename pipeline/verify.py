@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from pipeline.ledger import balance
 from pipeline.runfolder import STAGES, Published, Round, read_rounds, tables
 from pipeline.store import Payload, Record, Store
-from stages.errors import CapfiltError, LedgerError
+from stages.errors import CapfiltError, LedgerError, StoreError
 from stages.schemas import LEDGER
 
 T = TypeVar("T")
@@ -60,6 +60,7 @@ def verify(store: Store) -> Verification:
         StoreError: the folder itself cannot be listed or read.
     """
     found = Verification()
+    _check_description(store, found)
     records = _records(store, found)
     payloads = _payloads(records, found)
     for problems in _together(lambda one: _check_file(store, *one), payloads.values()):
@@ -80,6 +81,16 @@ def _together(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """``function`` of every item, in order; hashing and waiting for storage overlap."""
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         return list(pool.map(function, items))
+
+
+def _check_description(store: Store, found: Verification) -> None:
+    try:
+        described = store.read_json("run.json")
+    except StoreError as error:
+        found.problems.append(str(error))
+        return
+    if not isinstance(described, dict) or not isinstance(described.get("config"), dict):
+        found.problems.append("run.json: holds no config; `capfilt run` writes it again")
 
 
 # ---- records ---------------------------------------------------------------------------------

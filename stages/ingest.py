@@ -25,6 +25,7 @@ from stages.readers import (
     Record,
     SourceConfig,
     SourceFile,
+    from_remote_store,
     readable,
 )
 from stages.schemas import SOURCES
@@ -93,9 +94,7 @@ class IngestStage(DatasetStage):
                 yield table
         for path, count in rows.items():
             if count == 0:
-                raise SourceError(
-                    f"{path}: holds no rows; give a source that does, or leave it out"
-                )
+                raise _no_rows(path)
 
 
 def list_files(source: SourceConfig, origin: Origin = "web") -> list[SourceFile]:
@@ -106,28 +105,59 @@ def list_files(source: SourceConfig, origin: Origin = "web") -> list[SourceFile]
     Raises:
         SourceError: nothing there, or nothing of a known format.
     """
+    fs, base, chosen = _listed(source, origin)
+    return [
+        _file(fs, name, format_, origin, source, f"{_relative(name, base)}:{_content(fs, name)}")
+        for name, format_ in chosen
+    ]
+
+
+def check_source(source: SourceConfig, origin: Origin = "web") -> None:
+    """Read one row of a source and no more: neither its other files nor their hashes.
+
+    Raises:
+        SourceError: nothing there, no row in it, a column missing, or an unreadable file.
+    """
+    fs, _, chosen = _listed(source, origin)
+    for name, format_ in chosen:
+        file = _file(fs, name, format_, origin, source, identity="")
+        with readable(file.path, format_):
+            if next(READERS[format_](file), None) is not None:
+                return
+    raise _no_rows(source.path)
+
+
+def _listed(source: SourceConfig, origin: Origin) -> tuple[Any, str, list[tuple[str, str]]]:
+    """(filesystem, what names are relative to, (path, format) of each file)."""
     import fsspec
 
-    if source.kind == "human":
-        origin = "human"
     try:
         fs, path = fsspec.core.url_to_fs(source.path)
         base, found = _find(fs, path)
     except (OSError, ValueError, ImportError) as error:
         raise SourceError(f"{source.path}: cannot be listed: {error}") from error
+    except Exception as error:
+        if not from_remote_store(error):
+            raise
+        raise SourceError(f"{source.path}: cannot be reached: {error}") from error
     if not found:
         raise SourceError(f"{source.path}: no such file, folder or match")
-    chosen = _choose(source, origin, found, single=found == [base])
-    files = []
-    for name, format_ in chosen:
-        identity = f"{_relative(name, base)}:{_content(fs, name)}"
-        local = "file" in _protocols(fs)
-        files.append(
-            SourceFile(
-                name if local else fs.unstrip_protocol(name), identity, format_, origin, source
-            )
-        )
-    return files
+    return fs, base, _choose(source, _origin(source, origin), found, single=found == [base])
+
+
+def _origin(source: SourceConfig, origin: Origin) -> Origin:
+    return "human" if source.kind == "human" else origin
+
+
+def _file(
+    fs: Any, name: str, format_: str, origin: Origin, source: SourceConfig, identity: str
+) -> SourceFile:
+    path = name if "file" in _protocols(fs) else fs.unstrip_protocol(name)
+    return SourceFile(path, identity, format_, _origin(source, origin), source)
+
+
+def _no_rows(path: str) -> SourceError:
+    return SourceError(f"{path}: holds no rows; give a source that does, or leave it out")
 
 
 def read_rows(file: SourceFile) -> Iterator[pa.Table]:

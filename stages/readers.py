@@ -37,6 +37,7 @@ TEXT_NAMES = ("text", "caption", "alt_text", "alt", "captions", "title", "descri
 
 _LOOK_AHEAD = 100  # rows of a JSONL or text file that decide what it holds
 _BATCH_ROWS = 10_000
+_CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
 _LONGEST_FIELD = 16 * 1024 * 1024
 
 
@@ -239,6 +240,15 @@ def readable(path: str, format: str) -> Iterator[None]:
     except (KeyError, TypeError, AttributeError) as error:
         detail = f"{type(error).__name__} {_line(error)}"
         raise SourceError(f"{path}: not a known layout of {format}: {detail}") from error
+    except Exception as error:
+        if not from_remote_store(error):
+            raise
+        raise SourceError(f"{path}: cannot be reached: {_line(error)}") from error
+
+
+def from_remote_store(error: Exception) -> bool:
+    """Whether a cloud client raised it: botocore's errors derive from Exception alone."""
+    return type(error).__module__.partition(".")[0] in _CLOUD_MODULES
 
 
 def _line(error: BaseException) -> str:

@@ -16,6 +16,8 @@ import yaml
 from pipeline.cli import main
 from pipeline.runfolder import read_rounds
 from pipeline.store import Store
+from stages.scenes.config import WorldConfig
+from stages.scenes.world import build_world
 from tests.run_folder import make_run
 
 ROOT = Path(__file__).parents[2]
@@ -130,8 +132,21 @@ def test_overrides_may_stand_anywhere(config: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_source_that_is_not_there(config: Path) -> None:
-    said = refused(capfilt("run", str(config), "--dry-run", cwd=config.parent))
-    assert "web.parquet" in said
+    for more in ((), ("--dry-run",)):
+        said = refused(capfilt("run", str(config), *more, cwd=config.parent))
+        assert "sources.0.path: web.parquet: no such file" in said
+    assert [path.name for path in config.parent.iterdir()] == ["run.yaml"]
+
+
+def test_another_world_than_the_run_began_with(tmp_path: Path) -> None:
+    world = {"web_rows": 160, "human_images": 8, "dev_images": 8, "test_images": 8}
+    build_world(WorldConfig(**world), tmp_path / "run" / "world")
+    values = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text())
+    values |= {"run": str(tmp_path / "run"), "world": world | {"seed": 1}}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert f"{tmp_path}/run/world: holds another world" in refused(capfilt("run", str(path)))
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_debug_shows_where_it_happened() -> None:

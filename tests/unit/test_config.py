@@ -141,6 +141,19 @@ def test_the_seed_reaches_every_stage_that_names_none(file: Path) -> None:
     assert config.pretrain.seed == 9
 
 
+def test_an_alias_is_a_copy(file: Path) -> None:
+    """Neither an override nor the seed of one node reaches the other."""
+    with file.open("a") as text:
+        text.write("caption: &model {model: a/b}\nfilter: *model\nembed: *model\n")
+    config = load(str(file), ["filter.model=c/d"])
+    assert (config.caption.model, config.filter.model) == ("a/b", "c/d")
+
+
+def test_an_alias_that_holds_itself(tmp_path: Path) -> None:
+    (tmp_path / "loop.yaml").write_text("run: &loop [*loop]\n")
+    assert "an alias holds itself" in problem(tmp_path / "loop.yaml")
+
+
 def test_the_world_is_filled_in_everywhere(file: Path) -> None:
     config = load(
         str(file),

@@ -14,9 +14,10 @@ import pytest
 from stages import ids
 from stages.base import LocalContext
 from stages.errors import SourceError
-from stages.ingest import IngestConfig, IngestStage, cut, list_files, read_rows
+from stages.ingest import IngestConfig, IngestStage, check_source, cut, list_files, read_rows
 from stages.readers import SourceConfig, SourceFile
 from stages.schemas import SOURCES, check
+from tests.s3 import use_endpoint
 from tests.servers import picture
 
 
@@ -216,3 +217,23 @@ def test_a_file_given_twice_is_refused(tmp_path: Path) -> None:
     source = files(table(tmp_path / "x.parquet", [(url(1), "t")]))
     with pytest.raises(SourceError, match="same name and content as"):
         ingest(tmp_path / "out", source + files(tmp_path))
+
+
+def test_a_source_is_checked_by_its_first_row(tmp_path: Path) -> None:
+    """An empty file may stand beside a full one; what lies behind the first row is not read."""
+    table(tmp_path / "a.parquet", [])
+    with pytest.raises(SourceError, match="holds no rows"):
+        check_source(SourceConfig(path=str(tmp_path)))
+    table(tmp_path / "b.parquet", [(url(1), "t")])
+    (tmp_path / "c.parquet").write_bytes(b"junk")
+    check_source(SourceConfig(path=str(tmp_path)))
+    with pytest.raises(SourceError, match=r"c\.parquet: not a valid parquet file"):
+        check_source(SourceConfig(path=str(tmp_path / "c.parquet")))
+
+
+def test_a_store_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    for path in ("s3://bucket/x.parquet", "s3://bucket/*.parquet"):
+        with pytest.raises(SourceError, match=r"s3://bucket/.*: cannot be (reached|listed)"):
+            check_source(SourceConfig(path=path))

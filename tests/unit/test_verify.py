@@ -328,3 +328,14 @@ def test_a_run_on_s3(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         said = problems(store)
         assert f"{tar.path}: is missing" in said
         assert any(problem.startswith(f"{table.path}: 7 bytes") for problem in said)
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b"[]", None])
+def test_a_run_json_that_is_none(tmp_path: Path, content: bytes | None) -> None:
+    store = make_run(str(tmp_path / "run"))
+    if content is None:
+        store.remove("run.json")
+    else:
+        store.write_bytes("run.json", content)
+    (problem,) = verify(store).problems
+    assert "run.json" in problem

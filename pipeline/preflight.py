@@ -1,0 +1,76 @@
+"""Before a run writes anything: can what its config names be used?
+
+Everything here would come to light later too, some of it after hours of training. The first row
+of every source is read, every model is opened, every probe set is parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipeline.config import RunConfig
+from stages.errors import CapfiltError
+from stages.ingest import check_source
+from stages.probes import read_probes
+
+
+def check(config: RunConfig, sources: bool = True) -> None:
+    """Open all that ``config`` names, but for the sample world, which the run itself makes.
+
+    Args:
+        sources: also the sources; a run that has cut all it needs can do without them.
+
+    Raises:
+        UserError: naming the field, what it names and what is wrong there.
+    """
+    if sources:
+        for origin, given in (("sources", config.sources), ("human", config.human)):
+            for number, source in enumerate(given):
+                if not _made(config, source.path):
+                    with _field(f"{origin}.{number}.path"):
+                        check_source(source, "human" if origin == "human" else "web")
+    for split, folder in (("dev", config.dev), ("test", config.test)):
+        if folder is not None and not _made(config, folder):
+            with _field(split):
+                read_probes(Path(folder))
+    for field, ref, use in _models(config):
+        if not _made(config, ref):
+            with _field(field):
+                use(ref)
+
+
+def _made(config: RunConfig, path: str) -> bool:
+    return config.world is not None and "{world}" in path
+
+
+@contextmanager
+def _field(name: str) -> Iterator[None]:
+    """Put the config field before what is said of its value."""
+    try:
+        yield
+    except CapfiltError as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _models(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], object]]]:
+    """(field, folder or hub id, what opens it), one at a time: nothing stays in memory."""
+    from stages.models.captioner import Captioner
+    from stages.models.embedder import Embedder
+    from stages.models.matcher import Matcher
+    from stages.models.text import load_tokenizer
+
+    yield "pretrain.tokenizer", config.pretrain.tokenizer, load_tokenizer
+    if config.caption.model is not None:
+        generation = config.caption.generation
+        yield (
+            "caption.model",
+            config.caption.model,
+            lambda ref: Captioner(ref).prompt_ids(generation),
+        )
+    if config.filter.model is not None:
+        longest = config.filter.max_tokens
+        yield "filter.model", config.filter.model, lambda ref: Matcher(ref, max_tokens=longest)
+    if config.embed.model is not None:
+        yield "embed.model", config.embed.model, Embedder
