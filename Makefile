@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test check format bench chaos lock clean
+.PHONY: install quickstart test check format bench lock clean
 
 install: $(INSTALLED)
 
@@ -31,12 +31,8 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-chaos: install  ## the long kill tests
-	$(BIN)/pytest tests/chaos
-
 bench: install  ## every benchmark, at sizes for two cores
-	set -e; for file in tests/bench/[a-z]*.py; do \
-	  name=$$(basename $$file .py); echo "== $$name"; $(BIN)/python -m tests.bench.$$name; done
+	$(BIN)/python -m tests.bench.quickstart
 
 lock:  ## pin what is installed now
 	(head -1 requirements.lock; $(BIN)/pip freeze --all --exclude capfilt --exclude pip \

@@ -35,7 +35,7 @@ from stages.finetune import CaptionerFinetune, FilterFinetune
 from stages.pretrain import PretrainStage
 from stages.probes import ANNOTATIONS
 from stages.scenes.stage import AuditStage
-from stages.select import SelectStage
+from stages.select import SelectConfig, SelectStage
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,16 @@ class RoundPlan:
     def task(self, name: str) -> DatasetTask:
         return next(task for task in self.tasks if task.name == name)
 
-    def document(self) -> dict[str, object]:
-        """What plan.json holds: for every stage the records that are or will be its output."""
+    def document(self, gate: str) -> dict[str, object]:
+        """What plan.json holds: for every stage the records that are or will be its output.
+        ``gate`` is the name of the gate's."""
         records: dict[str, list[str]] = {task.name: [] for task in self.shard_tasks}
         for job in self.jobs(set()):
             for stage, record in job.records.items():
                 if stage != "sources":
                     records[stage].append(record)
         records.update({task.name: [task.record] for task in self.tasks})
+        records["gate"] = [gate]
         return {"round": self.number, "shards": dict(self.shards), "records": records}
 
 
@@ -122,6 +124,9 @@ class _Planner:
         self._config, self._number, self._shards = config, number, shards
         self._tasks, self._inherited, self._world = tasks, inherited, world
         self._raw = len(tasks) == 1
+        # Nothing is scored in a raw round, so no threshold may reach its fingerprints: a new one
+        # must not train the first models again.
+        self._select = SelectConfig() if self._raw else config.select
         self._records: dict[str, list[str]] = {}
         for job in plan_shards(tasks, shards, set(), inherited):
             for stage, record in job.records.items():
@@ -150,7 +155,7 @@ class _Planner:
             tables["captions"] = self._tables("caption")
             tables["scores"] = self._tables("filter")
             tables["clusters"] = _output(done[0], "*/clusters.parquet")
-        select = self._task(SelectStage(config.select, names), config.select, tables)
+        select = self._task(SelectStage(self._select, names), self._select, tables)
         pairs = _output(select, "*/pairs.parquet")
         images = Published(tuple(self._records["download"]), "*.tar")
         assemble = self._task(
@@ -172,12 +177,14 @@ class _Planner:
 
     def _training(self, assemble: DatasetTask) -> tuple[DatasetTask, ...]:
         config = self._config
-        tokenizer = config.pretrain.tokenizer
+        start: dict[str, Published | str] = {
+            "train": _output(assemble, "*.tar"),
+            "tokenizer": absolute(config.pretrain.tokenizer),
+        }
+        if config.pretrain.init is not None:
+            start["init"] = absolute(config.pretrain.init)
         pretrain = self._task(
-            PretrainStage(config.pretrain),
-            config.pretrain,
-            {"train": _output(assemble, "*.tar"), "tokenizer": tokenizer},
-            folder="models",
+            PretrainStage(config.pretrain), config.pretrain, start, folder="models"
         )
         med = made_here(pretrain.record, "med")
         human = _output(assemble, "*/human-*.tar")
@@ -212,7 +219,7 @@ class _Planner:
             }
             if not self._raw:
                 truth["clusters"] = _output(curation[0], "*/clusters.parquet")
-            tasks.append(self._task(AuditStage(config.select), config.select, truth))
+            tasks.append(self._task(AuditStage(self._select), self._select, truth))
         return tuple(tasks)
 
     def _tables(self, stage: str) -> Published:
@@ -260,6 +267,11 @@ def probes(config: RunConfig) -> dict[str, Published | str]:
             raise SourceError(f"{split}: {folder}: no {ANNOTATIONS} in it; give a probe folder")
         given[split] = folder
     return given
+
+
+def absolute(folder: str) -> str:
+    """A local folder by its full path, since workers run elsewhere; a hub id as it is."""
+    return str(Path(folder).resolve()) if Path(folder).exists() else folder
 
 
 def _output(task: DatasetTask, pattern: str) -> Published:

@@ -60,6 +60,8 @@ class _Stage:
     last: float = 0.0
     """When it last ended a shard."""
     said: float = 0.0
+    told: tuple[int, int] | None = None
+    """The share that was said last."""
 
     @property
     def rate(self) -> float:
@@ -178,9 +180,11 @@ class Screen:
     def _speak(self, now: float) -> None:
         """Plain lines of the stages that moved and have been silent for long enough."""
         for stage in self._stages.values():
-            if stage.first is None or now - max(stage.said, stage.first) < self._seconds:
+            if stage.first is None or (stage.share == stage.told and stage.step is not None):
                 continue
-            stage.said = now
+            if now - max(stage.said, stage.first) < self._seconds:
+                continue
+            stage.said, stage.told = now, stage.share
             done, total = stage.share
             self._print(f"  {clean(stage.name):<18}  {done}/{total}  {_detail(stage, now)}")
 

@@ -24,6 +24,7 @@ from pipeline.engine.board import watched
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
 from pipeline.engine.dataset import run_dataset
+from pipeline.engine.placement import check_training, resources
 from pipeline.engine.shard import code_version, payload
 from pipeline.engine.train import run_training
 from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round, print_of, probes
@@ -93,7 +94,7 @@ class _Loop:
         document = {
             "config": json.loads(self._config.model_dump_json()),
             "versions": {"capfilt": code_version(), **versions},
-            "created": time.time(),
+            "created": (self._store.read_json("run.json") or {}).get("created", time.time()),
         }
         self._store.write_json("run.json", document)
 
@@ -116,6 +117,7 @@ class _Loop:
     def go(self, board: Any) -> None:
         """All rounds, each resumed or skipped as its records say."""
         self._board = board
+        check_training(self._config.engine, resources())
         first = self._config.first_round
         models = self._released() if first == 1 else {}
         inherited: dict[tuple[str, str], str] = {}
@@ -139,7 +141,7 @@ class _Loop:
         else:
             shards = {name: (kind, record) for name, (kind, record) in begun["shards"].items()}
         plan = plan_round(self._config, number, shards, models, self._world, inherited)
-        self._store.write_json(path, plan.document())
+        self._store.write_json(path, plan.document(gate_record(self._config, plan, models)))
         return plan
 
     def _round(self, plan: RoundPlan) -> None:
@@ -248,11 +250,7 @@ def decide_and_publish(
 ) -> Decision:
     """Let the gate decide on a round's models, once; what it said is read back ever after."""
     started = time.time()
-    new = plan.task("evaluate").record
-    old = sorted({model.outcomes for model in holders.values() if model.outcomes})
-    print_ = fingerprint("gate", 1, config.gate, *map(print_of, [new, *old]))
-    name = record_name("gate", plan.number, "all", print_)
-    _note_in_plan(store, plan.number, name)
+    new, name = plan.task("evaluate").record, gate_record(config, plan, holders)
     if store.exists(name):
         data = json.loads(store.read_bytes(payload(store.read_record(name), "gate.json").path))
         return Decision.model_validate(data["decision"])
@@ -269,7 +267,7 @@ def decide_and_publish(
             stage_version=1,
             round=plan.number,
             shard="all",
-            fingerprint=print_,
+            fingerprint=print_of(name),
             payloads=(written,),
             code_version=code_version(),
             started=started,
@@ -279,11 +277,12 @@ def decide_and_publish(
     return decision
 
 
-def _note_in_plan(store: Store, round_: int, gate: str) -> None:
-    path = f"round={round_:02d}/plan.json"
-    plan = store.read_json(path)
-    plan["records"]["gate"] = [gate]
-    store.write_json(path, plan)
+def gate_record(config: RunConfig, plan: RoundPlan, holders: Mapping[str, Model]) -> str:
+    """Name of the record of the gate's decision on the round's models against ``holders``."""
+    new = plan.task("evaluate").record
+    old = sorted({model.outcomes for model in holders.values() if model.outcomes})
+    print_ = fingerprint("gate", 1, config.gate, str(config.seed), *map(print_of, [new, *old]))
+    return record_name("gate", plan.number, "all", print_)
 
 
 def _outcomes(store: Store, evaluate: str) -> pa.Table:

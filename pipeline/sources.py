@@ -16,7 +16,7 @@ from pipeline.engine.shard import code_version
 from pipeline.store import Payload, Record, Store, fingerprint
 from stages.base import LocalContext
 from stages.errors import SourceError
-from stages.ingest import IngestStage, list_files
+from stages.ingest import IngestStage, check_distinct, list_files
 from stages.readers import SourceFile
 
 Shards = dict[str, tuple[str, str]]
@@ -40,16 +40,26 @@ def ingest(config: RunConfig, store: Store) -> Shards:
 def new_files(config: RunConfig, records: Sequence[Record]) -> list[SourceFile]:
     """Source files that no ingest record covers, in the order of the config."""
     done = {record.fingerprint for record in records}
+    identities = {record.details["identity"]: record for record in records}
     files = [
         *(file for source in config.sources for file in list_files(source)),
         *(file for source in config.human for file in list_files(source, "human")),
     ]
-    return [file for file in files if _fingerprint(file) not in done]
+    new = [file for file in files if _fingerprint(file) not in done]
+    check_distinct(new)
+    for file in new:
+        if file.identity in identities:
+            # Its rows would get the ids that they have already.
+            raise SourceError(
+                f"{file.path}: was cut before with other column settings; restore them, or use a "
+                "new run folder"
+            )
+    return new
 
 
 def _fingerprint(file: SourceFile) -> str:
     """Of the file's content and how it is read, wherever it lies."""
-    reading = file.config.model_copy(update={"path": ""})
+    reading = file.config.model_copy(update={"path": "", "image_root": None})
     return fingerprint("ingest", IngestStage.version, reading, file.identity, file.origin)
 
 
@@ -74,7 +84,7 @@ def _cut(config: RunConfig, store: Store, file: SourceFile, earlier: Sequence[Pa
         fingerprint=_fingerprint(file),
         payloads=payloads,
         counts={"rows": sum(payload.rows or 0 for payload in payloads)},
-        details={"file": file.path, "kind": file.origin},
+        details={"file": file.path, "kind": file.origin, "identity": file.identity},
         code_version=code_version(),
         started=started,
         finished=time.time(),

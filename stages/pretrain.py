@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.base import Context, DatasetStage
+from stages.base import Context, DatasetStage, operational
 from stages.models.checkpoints import load_med, save_med
 from stages.models.losses import MedLosses
 from stages.models.med import Gather, Med, MedConfig
@@ -31,10 +31,11 @@ if TYPE_CHECKING:
 class PretrainConfig(TrainingConfig):
     """The paper's pretraining at 14M images by default (configs/pretrain.yaml of the release)."""
 
-    tokenizer: str
+    # Fingerprints cover the content of tokenizer and init, which are inputs of the stage.
+    tokenizer: str = Field(json_schema_extra={"operational": True})
     """Folder or hub id of a BERT tokenizer; decides vocabulary size and token ids."""
     model: MedConfig = MedConfig()
-    init: str | None = None
+    init: str | None = operational(None)
     """MED folder or hub id to go on from; None starts from scratch, the paper's best."""
     warmup_steps: int = Field(3000, ge=0)
     decay: Decay = "step"

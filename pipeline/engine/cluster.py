@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.config import EngineConfig
 from pipeline.engine.board import Board
@@ -21,7 +23,6 @@ _GIB = 1 << 30
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # Workers must not rebuild an environment of their own when the driver came from `uv run`.
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     # Threads of torch that spin while they wait take the cores from the stages beside them:
@@ -41,19 +42,36 @@ def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
         RunError: the cluster cannot be reached or started.
     """
     _quieten(log_file)
+    with _stderr_to(log_file):
+        try:
+            _init(config)
+        except (ConnectionError, TimeoutError, OSError, RuntimeError) as error:
+            where = config.address or "a local Ray"
+            raise RunError(f"engine.address: cannot use {where}: {_first_line(error)}") from error
+        try:
+            context = ray.data.DataContext.get_current()
+            context.enable_progress_bars = False
+            context.print_on_execution_start = False
+            board: Any = Board
+            yield board.remote()
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _stderr_to(file: Path) -> Iterator[None]:
+    """Inside, whatever writes to the process's stderr, Ray's native code above all, writes to
+    ``file``; Python's own errors are told outside."""
+    sys.stderr.flush()
+    saved = os.dup(2)
     try:
-        _init(config)
-    except (ConnectionError, TimeoutError, OSError, RuntimeError) as error:
-        where = config.address or "a local Ray"
-        raise RunError(f"engine.address: cannot use {where}: {_first_line(error)}") from error
-    try:
-        context = ray.data.DataContext.get_current()
-        context.enable_progress_bars = False
-        context.print_on_execution_start = False
-        board: Any = Board
-        yield board.remote()
+        with file.open("ab") as target:
+            os.dup2(target.fileno(), 2)
+        yield
     finally:
-        ray.shutdown()
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 def _init(config: EngineConfig) -> None:
@@ -75,7 +93,8 @@ def _quieten(log_file: Path) -> None:
     """Send what Ray's libraries log in the driver to a file; set what local workers inherit."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", module=r"ray\..*")
+    # Both ways to bound an actor's restarts warn that a third may come.
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     log_file.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(log_file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))

@@ -24,7 +24,7 @@ from ray.exceptions import RayError
 from pipeline.dag import SHARD_READS, ShardJob, ShardTask
 from pipeline.engine import shard as shards
 from pipeline.engine.isolate import run_alone
-from pipeline.engine.placement import Share, fit
+from pipeline.engine.placement import Share, fit, resources
 from pipeline.store import Store
 from stages import errors
 from stages.base import ShardStage
@@ -82,7 +82,8 @@ class StageWorker:
             output = shards.run_stage(self._stage, inputs)
             output = shards.publish(self._task, job, output, plan.store, started)
         except Exception as error:  # noqa: BLE001 - the shard boundary
-            plan.board.error.remote(name, job.shard, type(error).__name__, _one_line(error))
+            told = type(error).__name__, _one_line(error)
+            ray.get(plan.board.error.remote(name, job.shard, *told))
             return None
         plan.board.end.remote(name, job.shard, shards.count_by(output, "status"))
         return output
@@ -137,11 +138,10 @@ def run_shards(
         failure = _one_pass(store, tasks, jobs, board)
         suspects = _suspects(board)
         left = [job for job in plan() if job.todo]
-        for job in left:
-            stage = job.todo[0]
-            if (stage, job.shard) in suspects:
-                run_alone(store, next(t for t in tasks if t.name == stage), job)
-        progressed = suspects or sum(len(job.todo) for job in left) < before
+        alone = [job for job in left if (job.todo[0], job.shard) in suspects]
+        for job in alone:
+            run_alone(store, next(t for t in tasks if t.name == job.todo[0]), job)
+        progressed = alone or sum(len(job.todo) for job in left) < before
         stuck = 0 if progressed else stuck + 1
         if stuck >= _MAX_PASSES_WITHOUT_PROGRESS:
             raise errors.RunError(f"workers die before they begin: {failure}; see Ray's log")
@@ -168,11 +168,10 @@ def _one_pass(
     needed = {stage for job in jobs for stage in job.todo}
     active = [task for task in tasks if task.name in needed]
     plan = Pass(store, {job.shard: job for job in jobs}, tuple(t.name for t in active), board)
-    plan_ref = ray.put(plan)
     rows = [_pack(job.shard, {}) for job in jobs]
     dataset = ray.data.from_arrow(rows)
-    for task, share in zip(active, fit(active, _resources()), strict=True):
-        dataset = _operator(dataset, task, share, plan_ref)
+    for task, share in zip(active, fit(active, resources()), strict=True):
+        dataset = _operator(dataset, task, share, plan)
     try:
         for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             pass
@@ -181,29 +180,14 @@ def _one_pass(
     return None
 
 
-def _resources() -> dict[str, float]:
-    cluster: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return cluster
-
-
-class _Operator:
-    """`StageWorker` whose plan is fetched from the object store once a worker."""
-
-    def __init__(self, task: ShardTask, plan_ref: list[Any]) -> None:
-        self._worker = StageWorker(task, ray.get(plan_ref[0]))
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return self._worker(batch)
-
-
-def _operator(dataset: Any, task: ShardTask, share: Share, plan_ref: Any) -> Any:
+def _operator(dataset: Any, task: ShardTask, share: Share, plan: Pass) -> Any:
     """Append the stage's operator.
 
     Both retries are bounded: unbounded, Ray restarts a crashing shard's actor for ever.
     """
     return dataset.map_batches(
-        _Operator,
-        fn_constructor_args=(task, [plan_ref]),
+        StageWorker,
+        fn_constructor_args=(task, plan),
         batch_size=None,
         batch_format="pyarrow",
         zero_copy_batch=True,

@@ -6,12 +6,19 @@ import time
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 
 from pipeline.dag import ShardJob, ShardTask, stage_input
 from pipeline.engine import shard as shards
+from pipeline.engine.dataset import translate
+from pipeline.engine.placement import resources
 from pipeline.store import Store
+from stages.errors import UserError
 from stages.schemas import check
+
+_ROWS_FAULT = (RayTaskError, WorkerCrashedError)
+"""What the rows may have done: raised in the stage, or killed its process. A lost node or a full
+memory is not theirs; it ends the run, and the next one tries the shard again."""
 
 _MAX_FAILURES = 64
 """After so many failed processes a shard's cause is not a row: what still fails is quarantined
@@ -31,8 +38,11 @@ def _rows_alone(task: ShardTask, store: Store, job: ShardJob, start: int, stop: 
 def run_alone(store: Store, task: ShardTask, job: ShardJob) -> None:
     """Process and publish one shard, its unprocessable rows quarantined.
 
-    The output has the rows that an unbroken run would have written for all other rows, in the
-    same order: each half is a slice of the input.
+    The other rows are all there, in order: each half is a slice of the input. Its batches have
+    other shapes than an unbroken shard's, so their last bits can differ.
+
+    Raises:
+        CapfiltError: the cause is not a row: the store, a model, or a lost node.
     """
     started = time.time()
     table = stage_input(task.name, shards.load_inputs(task.name, job, store, {}))
@@ -53,10 +63,15 @@ class _Alone:
     def halve(self, start: int, stop: int) -> list[pa.Table]:
         """Output pieces for input rows ``start`` to ``stop``."""
         needs = self.stage.resources
-        work = _rows_alone.options(num_cpus=needs.cpus, num_gpus=needs.gpus or None)
+        cpus = min(needs.cpus, resources()["CPU"])
+        work = _rows_alone.options(num_cpus=cpus, num_gpus=needs.gpus or None)
         try:
             return [ray.get(work.remote(self._task, self._store, self._job, start, stop))]
         except RayError as error:
+            raised = translate(error, self._task.name)
+            # A store or a model that cannot be read is no fault of the rows.
+            if isinstance(raised, UserError) or not isinstance(error, _ROWS_FAULT):
+                raise raised from error
             self._failures += 1
             if stop - start == 1 or self._failures > _MAX_FAILURES:
                 return [self._quarantine(start, stop, _cause(error))]

@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 
+import ray
+
+from pipeline.config import EngineConfig
 from pipeline.dag import ShardTask
 from stages.base import Resources
 from stages.errors import ConfigError
@@ -19,6 +22,27 @@ class Share:
     gpus: float
     min_replicas: int
     max_replicas: int
+
+
+def resources() -> dict[str, float]:
+    """What the whole Ray cluster has."""
+    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return found
+
+
+def check_training(config: EngineConfig, cluster: Mapping[str, float]) -> None:
+    """Refuse a worker group that could never start.
+
+    Raises:
+        ConfigError: it needs more CPUs or GPUs than Ray has.
+    """
+    for kind, each in (("CPU", config.train_cpus), ("GPU", config.train_gpus)):
+        needed, found = config.train_workers * each, cluster.get(kind, 0.0)
+        if needed > found:
+            raise ConfigError(
+                f"engine.train_{kind.lower()}s: {config.train_workers} workers need {needed:g} "
+                f"{kind}s, Ray has {found:g}; lower engine.train_{kind.lower()}s or add {kind}s"
+            )
 
 
 def fit(tasks: Sequence[ShardTask], cluster: Mapping[str, float]) -> list[Share]:
