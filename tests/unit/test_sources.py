@@ -1,0 +1,51 @@
+"""Source files become shards once and for good."""
+
+import pyarrow as pa
+import pytest
+from pyarrow import csv
+
+from pipeline.config import parse
+from pipeline.sources import ingest
+from pipeline.store import Store
+from stages.errors import SourceError
+
+
+def config(tmp_path, **source):
+    values = {
+        "run": str(tmp_path / "run"),
+        "sources": [{"path": str(tmp_path / "web"), **source}],
+        "human": [{"path": str(tmp_path / "human"), "kind": "human"}],
+        "ingest": {"shard_size": 2},
+        "pretrain": {"tokenizer": "unused"},
+    }
+    return parse(values, "test").model_copy(update={"human": ()})
+
+
+def write(tmp_path, name, rows):
+    (tmp_path / "web").mkdir(exist_ok=True)
+    table = pa.table(
+        {"url": [f"http://x/{name}-{i}" for i in range(rows)], "caption": ["a"] * rows}
+    )
+    csv.write_csv(table, tmp_path / "web" / f"{name}.csv")
+
+
+def test_new_files_become_new_shards_and_old_ones_stay(tmp_path):
+    write(tmp_path, "a", 3)
+    store = Store(str(tmp_path / "run"))
+    first = ingest(config(tmp_path), store)
+    assert sorted(first) == ["000000", "000001"]
+    write(tmp_path, "b", 1)
+    second = ingest(config(tmp_path), store)
+    assert sorted(second) == ["000000", "000001", "000002"]
+    assert {shard: second[shard] for shard in first} == first
+    assert ingest(config(tmp_path), store) == second
+
+
+def test_other_column_settings_on_a_cut_file_are_refused(tmp_path):
+    write(tmp_path, "a", 3)
+    store = Store(str(tmp_path / "run"))
+    ingest(config(tmp_path), store)
+    before = store.record_names()
+    with pytest.raises(SourceError, match="was cut before with other column settings"):
+        ingest(config(tmp_path, url_column="url"), store)
+    assert store.record_names() == before
