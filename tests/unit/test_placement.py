@@ -40,5 +40,5 @@ def test_a_worker_group_that_cannot_start_is_refused():
     check_training(EngineConfig(train_workers=2, train_cpus=1), {"CPU": 2.0})
     with pytest.raises(ConfigError, match=r"engine.train_cpus: 2 workers need 4 CPUs, Ray has 2"):
         check_training(EngineConfig(train_workers=2, train_cpus=2), {"CPU": 2.0})
-    with pytest.raises(ConfigError, match="engine.train_gpus"):
+    with pytest.raises(ConfigError, match=r"engine\.train_gpus"):
         check_training(EngineConfig(train_gpus=1), {"CPU": 2.0})
