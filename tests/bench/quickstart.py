@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -75,7 +76,8 @@ def rows(seconds: list[float], peaks: list[int], found: list[Metrics]) -> list[d
         made.append({**_row(f"test {metric}, bootstrapped", ours, "share"), **_against(ours, raw)})
     for number in range(1, last + 1):
         for fact in FACTS:
-            values = [m[number, "truth", "data", fact] for m in found]
+            # A fact about nothing, such as kept synthetic texts where there are none, is no figure.
+            values = [m.get((number, "truth", "data", fact), math.nan) for m in found]
             made.append(_row(f"round {number} {fact}", values, "share"))
     return made
 
@@ -87,7 +89,8 @@ def _row(metric: str, values: list[float], unit: str) -> dict[str, object]:
 
 
 def _against(ours: list[float], raw: list[float]) -> dict[str, object]:
-    return {"against": "raw pairs", "ratio": statistics.fmean(ours) / statistics.fmean(raw)}
+    base = statistics.fmean(raw)
+    return {"against": "raw pairs", "ratio": statistics.fmean(ours) / base if base else None}
 
 
 def main() -> None:
