@@ -50,7 +50,8 @@ class FinetuneConfigs(Config):
 
 
 class EngineConfig(Config):
-    """Where the run happens. Nothing here can change a result."""
+    """Where the run happens. No fingerprint covers it; of all this, only another number of training
+    workers changes a result, by the order of its sums and each worker's share of the data."""
 
     address: str | None = None
     """Ray cluster to join; None joins the one in RAY_ADDRESS, else starts a local one."""

@@ -60,7 +60,8 @@ class Record(Config):
     counts: dict[str, int] = Field(default_factory=dict)
     """Rows by status."""
     details: dict[str, str] = Field(default_factory=dict)
-    """What the stage wants known: weights hash, batch size, device, failure."""
+    """What else is known of the work: ``weights`` of a model stage (what stood for them in the
+    fingerprint); ``file``, ``kind`` and ``identity`` of an ingested file."""
     code_version: str
     started: float
     """Seconds since the epoch, UTC."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -76,15 +77,15 @@ class TrainingConfig(Config):
     """Memory for decoded images, MB a worker."""
 
 
-class Losses(nn.Module):
+class Losses(nn.Module, ABC):
     """What one stage minimises: MED's losses on a batch. Subclasses define ``forward``."""
 
     def __init__(self, med: Med) -> None:
         super().__init__()
         self.med = med
 
-    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
-        raise NotImplementedError
+    @abstractmethod
+    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses: ...
 
 
 def train(

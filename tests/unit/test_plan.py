@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, parse
-from pipeline.plan import content_of, probes
+from pipeline.plan import Model, content_of, plan_round, probes
 from stages.errors import SourceError
 
 
@@ -51,3 +51,40 @@ def test_probe_folders_must_be_there_before_training(
     (folder / "annotations.jsonl").write_text("{}")
     assert probes(config(dev="probes/dev")) == {"dev": "probes/dev"}
     assert probes(config()) == {}
+
+
+SHARDS = {
+    "000000": ("web", "records/run/stage=sources/000000-aa.json"),
+    "000001": ("human", "records/run/stage=sources/000001-bb.json"),
+}
+MODELS = {stage: Model(f"made/{stage}", "00") for stage in ("caption", "filter", "embed")}
+
+
+def records(models: dict[str, Model], **fields: object) -> dict[str, str]:
+    """Stage → its first record in the plan of a round."""
+    plan = plan_round(config(**fields), 1, SHARDS, models, None, {})
+    published = plan.document("gate")["records"]
+    assert isinstance(published, dict)
+    return {stage: names[0] for stage, names in published.items()}
+
+
+def test_a_new_threshold_redoes_select_and_what_follows_and_nothing_else() -> None:
+    before, after = records(MODELS), records(MODELS, select={"threshold": 0.4})
+    same = {stage for stage in before if before[stage] == after[stage]}
+    assert same == {"download", "caption", "filter", "embed", "dedup", "gate"}
+
+
+def test_a_new_threshold_leaves_a_raw_round_as_it_is() -> None:
+    assert records({}) == records({}, select={"threshold": 0.4, "keep": "synthetic"})
+
+
+def test_where_a_tokenizer_lies_does_not_matter(tmp_path: Path) -> None:
+    found = []
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "vocab.txt").write_text("[PAD]")
+        found.append(records({}, pretrain={"tokenizer": str(tmp_path / name)}))
+    assert found[0] == found[1]
+    (tmp_path / "there" / "vocab.txt").write_text("[UNK]")
+    changed = records({}, pretrain={"tokenizer": str(tmp_path / "there")})
+    assert changed["pretrain"] != found[0]["pretrain"]
