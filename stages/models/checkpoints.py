@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,25 @@ _POSITIONS = {
     "vision_model_m.embeddings.position_embedding",
 }
 # Names that transformers ties on loading, so that a file must not hold them twice.
-_TIED_IN_HEAD = tuple(f"text_decoder.cls.predictions.decoder.{name}" for name in ("weight", "bias"))
+TIED_IN_HEAD = tuple(f"text_decoder.cls.predictions.decoder.{name}" for name in ("weight", "bias"))
+
+
+@dataclass(frozen=True)
+class FolderKind:
+    """What one kind of model folder holds."""
+
+    parts: tuple[str, ...]
+    """Starts of the names of its tensors."""
+    architecture: str
+    """The class of transformers that opens it."""
+
+
+MED = FolderKind((*_MATCHER_PARTS, *_CAPTIONER_PARTS, "temp"), MATCHER)
+"""Opens as a matcher and as a captioner."""
+CAPTION = FolderKind(_CAPTIONER_PARTS, CAPTIONER)
+FILTER = FolderKind(_MATCHER_PARTS, MATCHER)
+TRAINING = (*_MOMENTUM_PARTS, *_QUEUES)
+"""Starts of the names of what only training needs."""
 
 
 def resized_positions(positions: Tensor, count: int) -> Tensor:
@@ -73,7 +92,7 @@ def load_tensors(med: Med, tensors: Mapping[str, Tensor], source: str | Path) ->
     optional = ("temp", *_QUEUES) if has_momentum else ("temp", *_QUEUES, *_MOMENTUM_PARTS)
     filled = {name: value for name, value in state.items() if name.startswith(optional)}
     filled |= {k: v for k, v in tensors.items() if same_queues or k not in _QUEUES}
-    for ours, theirs in _shared_names(state):
+    for ours, theirs in shared_names(state):
         if ours not in tensors and theirs in tensors:
             filled[ours] = tensors[theirs]
     for name in filled.keys() & _POSITIONS:
@@ -92,7 +111,7 @@ def load_tensors(med: Med, tensors: Mapping[str, Tensor], source: str | Path) ->
         med.reset_momentum()
 
 
-def _shared_names(state: Iterable[str]) -> Iterator[tuple[str, str]]:
+def shared_names(state: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Both ways round, the two names of each tensor that encoder and decoder share."""
     for name in state:
         if name.startswith("text_decoder.bert.") and ".attention." not in name:
@@ -137,10 +156,10 @@ def save_med(
     Shared tensors are written under both names, since either class reads its own only.
     ``momentum`` also writes the copies and queues, with which fine-tuning goes on.
     """
-    parts = (*_MATCHER_PARTS, *_CAPTIONER_PARTS, "temp")
-    _save(med, tokenizer, folder, preprocessing, parts=parts, architecture=MATCHER)
+    tensors = med.state_dict()
+    save_folder(MED, med.config, tensors, tokenizer, folder, preprocessing)
     if momentum:
-        _save_tensors(med, (*_MOMENTUM_PARTS, *_QUEUES), folder / MOMENTUM)
+        save_momentum(tensors, folder)
 
 
 def save_captioner(
@@ -150,7 +169,7 @@ def save_captioner(
     preprocessing: Preprocessing | None = None,
 ) -> None:
     """Write what captions: a folder for exactly `BlipForConditionalGeneration`."""
-    _save(med, tokenizer, folder, preprocessing, parts=_CAPTIONER_PARTS, architecture=CAPTIONER)
+    save_folder(CAPTION, med.config, med.state_dict(), tokenizer, folder, preprocessing)
 
 
 def save_filter(
@@ -160,24 +179,32 @@ def save_filter(
     preprocessing: Preprocessing | None = None,
 ) -> None:
     """Write what matches images and texts: a folder for exactly `BlipForImageTextRetrieval`."""
-    _save(med, tokenizer, folder, preprocessing, parts=_MATCHER_PARTS, architecture=MATCHER)
+    save_folder(FILTER, med.config, med.state_dict(), tokenizer, folder, preprocessing)
 
 
-def _save(
-    med: Med,
+def save_folder(
+    kind: FolderKind,
+    config: MedConfig,
+    tensors: Mapping[str, Tensor],
     tokenizer: BertTokenizer,
     folder: Path,
-    preprocessing: Preprocessing | None,
-    *,
-    parts: tuple[str, ...],
-    architecture: str,
+    preprocessing: Preprocessing | None = None,
 ) -> None:
+    """Write a folder of this kind from MED's ``tensors``, of which it takes its own.
+
+    ``preprocessing``: None = BLIP's, at the model's image size.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     _save_tokenizer(tokenizer, folder)
-    _write_json(folder / "config.json", _blip_config(med.config, architecture))
-    processor = _processor_config(preprocessing or Preprocessing(size=med.config.vision.image_size))
+    _write_json(folder / "config.json", _blip_config(config, kind.architecture))
+    processor = _processor_config(preprocessing or Preprocessing(size=config.vision.image_size))
     _write_json(folder / "preprocessor_config.json", processor)
-    _save_tensors(med, parts, folder / WEIGHTS)
+    _save_tensors(tensors, kind.parts, folder / WEIGHTS)
+
+
+def save_momentum(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Add to a MED folder the momentum copies and queues that are among ``tensors``."""
+    _save_tensors(tensors, TRAINING, folder / MOMENTUM)
 
 
 def _save_tokenizer(tokenizer: BertTokenizer, folder: Path) -> None:
@@ -194,14 +221,14 @@ def _save_tokenizer(tokenizer: BertTokenizer, folder: Path) -> None:
     _write_json(file, content)
 
 
-def _save_tensors(med: Med, prefixes: tuple[str, ...], file: Path) -> None:
-    tensors = {
+def _save_tensors(tensors: Mapping[str, Tensor], prefixes: tuple[str, ...], file: Path) -> None:
+    wanted = {
         # A clone for each name: safetensors refuses names that share memory.
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in med.state_dict().items()
-        if name.startswith(prefixes) and name not in _TIED_IN_HEAD
+        for name, tensor in tensors.items()
+        if name.startswith(prefixes) and name not in TIED_IN_HEAD
     }
-    save_file(tensors, file, metadata={"format": "pt"})
+    save_file(wanted, file, metadata={"format": "pt"})
 
 
 def _write_json(file: Path, content: Mapping[str, object]) -> None:

@@ -137,7 +137,8 @@ class ModelFolder:
             if not name.startswith(ignored) and not name.endswith("position_ids")
         }
         tensors |= tied or {}
-        self._check(tensors, module.state_dict(), prefix)
+        advice = "the weights do not fit config.json, save the model again or give another"
+        check_tensors(self.source, tensors, module.state_dict(), advice, prefix)
         module.load_state_dict(tensors, assign=True)
         return module.eval().requires_grad_(False)
 
@@ -148,26 +149,6 @@ class ModelFolder:
             raise CheckpointError(f"{self.source}: {prefix}weight is no matrix, or not there")
         outputs, inputs = weight.shape
         return self.part(lambda: nn.Linear(inputs, outputs), prefix)
-
-    def _check(
-        self, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str
-    ) -> None:
-        shapes = {n: t.shape for n, t in tensors.items()}
-        problems = {
-            "no tensor": [n for n in wanted if n not in shapes],
-            "unexpected tensor": [n for n in shapes if n not in wanted],
-            "misshapen tensor": [n for n in wanted if n in shapes and shapes[n] != wanted[n].shape],
-        }
-        for problem, names in problems.items():
-            if names:
-                first, count = names[0], len(names)
-                sizes = ""
-                if problem == "misshapen tensor":
-                    sizes = f" {tuple(shapes[first])}, needs {tuple(wanted[first].shape)}"
-                raise CheckpointError(
-                    f"{self.source}: {problem} {prefix}{first}{sizes} ({count} such); the weights "
-                    "do not fit config.json, save the model again or give another"
-                )
 
     def blip(self) -> tuple[VisionConfig, TextConfig, int]:
         """Sizes of a BLIP folder: vision tower, text stack, width of the contrastive space.
@@ -219,6 +200,34 @@ class ModelFolder:
             raise CheckpointError(
                 f"{self.source}: image processor config: {one_line(error)}"
             ) from error
+
+
+def check_tensors(
+    source: str,
+    tensors: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    advice: str,
+    prefix: str = "",
+) -> None:
+    """Refuse a missing, unexpected or misshapen tensor, naming the first and what to do.
+
+    ``prefix`` stands before every name in the complaint.
+    """
+    shapes = {n: t.shape for n, t in tensors.items()}
+    problems = {
+        "no tensor": [n for n in wanted if n not in shapes],
+        "unexpected tensor": [n for n in shapes if n not in wanted],
+        "misshapen tensor": [n for n in wanted if n in shapes and shapes[n] != wanted[n].shape],
+    }
+    for problem, names in problems.items():
+        if names:
+            first, count = names[0], len(names)
+            sizes = ""
+            if problem == "misshapen tensor":
+                sizes = f" {tuple(shapes[first])}, needs {tuple(wanted[first].shape)}"
+            raise CheckpointError(
+                f"{source}: {problem} {prefix}{first}{sizes} ({count} such); {advice}"
+            )
 
 
 def _vision_config(vision: Any) -> VisionConfig:
