@@ -116,7 +116,20 @@ def _parser() -> argparse.ArgumentParser:
         )
     _inspect_options(commands.choices["inspect"])
     commands.choices["report"].add_argument("--output", type=Path, metavar="FILE")
+    importing = command("import-checkpoint", _do_import, "turn a released BLIP .pth into folders")
+    _import_options(importing)
     return parser
+
+
+def _import_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE.pth", type=Path)
+    parser.add_argument("out", metavar="OUT", type=Path, help="new folder for captioner/ …")
+    parser.add_argument("--image-size", type=int, metavar="N", help="default: as in the file")
+    parser.add_argument(
+        "--tokenizer", metavar="FOLDER", default="bert-base-uncased", help="or a hub id"
+    )
+    for tower in ("vision", "text"):
+        parser.add_argument(f"--{tower}-heads", type=int, metavar="N", help="default: width / 64")
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -203,6 +216,24 @@ def _do_report(options: argparse.Namespace) -> int:
     from pipeline.report.render import write_report
 
     print(write_report(store, options.output))
+    return 0
+
+
+def _do_import(options: argparse.Namespace) -> int:
+    from stages.models.original import import_checkpoint
+
+    made = import_checkpoint(
+        options.file,
+        options.out,
+        tokenizer=options.tokenizer,
+        image_size=options.image_size,
+        vision_heads=options.vision_heads,
+        text_heads=options.text_heads,
+    )
+    for folder in made.folders.values():
+        print(folder)
+    for note in made.notes:
+        print(f"note: {note}")
     return 0
 
 
