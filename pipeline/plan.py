@@ -181,8 +181,12 @@ class _Planner:
             "train": _output(assemble, "*.tar"),
             "tokenizer": absolute(config.pretrain.tokenizer),
         }
-        if config.pretrain.init is not None:
-            start["init"] = absolute(config.pretrain.init)
+        inits = {
+            "init": config.pretrain.init,
+            "init_vision": config.pretrain.init_vision,
+            "init_text": config.pretrain.init_text,
+        }
+        start |= {name: absolute(ref) for name, ref in inits.items() if ref is not None}
         pretrain = self._task(
             PretrainStage(config.pretrain), config.pretrain, start, folder="models"
         )

@@ -62,6 +62,7 @@ def _models(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], objec
     from stages.models.text import load_tokenizer
 
     yield "pretrain.tokenizer", config.pretrain.tokenizer, load_tokenizer
+    yield from _inits(config)
     if config.caption.model is not None:
         generation = config.caption.generation
         yield (
@@ -74,3 +75,20 @@ def _models(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], objec
         yield "filter.model", config.filter.model, lambda ref: Matcher(ref, max_tokens=longest)
     if config.embed.model is not None:
         yield "embed.model", config.embed.model, Embedder
+
+
+def _inits(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], object]]]:
+    from stages.models.checkpoints import load_med
+    from stages.models.text import fitted_to, load_tokenizer
+    from stages.models.towers import text_start, vision_start
+
+    pretrain = config.pretrain
+    if pretrain.init is not None:
+        yield "pretrain.init", pretrain.init, lambda ref: load_med(ref, pretrain.model)
+    if pretrain.init_vision is not None:
+        vision = pretrain.model.vision
+        yield "pretrain.init_vision", pretrain.init_vision, lambda ref: vision_start(ref, vision)
+    if pretrain.init_text is not None and not _made(config, pretrain.tokenizer):
+        words = load_tokenizer(pretrain.tokenizer)
+        text = fitted_to(pretrain.model.text, words)
+        yield "pretrain.init_text", pretrain.init_text, lambda ref: text_start(ref, text, words)

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Context, DatasetStage, operational
 from stages.models.checkpoints import load_med, save_med
 from stages.models.losses import MedLosses
 from stages.models.med import Gather, Med, MedConfig
 from stages.models.text import fitted_to, load_tokenizer
+from stages.models.towers import start_towers
 from stages.training.data import Batch, Pairs
 from stages.training.device import seeded
 from stages.training.loop import Losses, TrainingConfig, train
@@ -31,16 +32,30 @@ if TYPE_CHECKING:
 class PretrainConfig(TrainingConfig):
     """The paper's pretraining at 14M images by default (configs/pretrain.yaml of the release)."""
 
-    # Fingerprints cover the content of tokenizer and init, which are inputs of the stage.
+    # Fingerprints cover the content of tokenizer and the inits, which are inputs of the stage.
     tokenizer: str = Field(json_schema_extra={"operational": True})
     """Folder or hub id of a BERT tokenizer; decides vocabulary size and token ids."""
     model: MedConfig = MedConfig()
     init: str | None = operational(None)
     """MED folder or hub id to go on from; None starts from scratch, the paper's best."""
+    init_vision: str | None = operational(None)
+    """ViT or DeiT, transformers folder or hub id, from which the image encoder starts; its sizes
+    must be ``model.vision``'s, but for the image size. The paper: ImageNet weights."""
+    init_text: str | None = operational(None)
+    """BERT, folder or hub id, from which the text stack and the LM head start; its sizes must be
+    ``model.text``'s and ``tokenizer`` its own. The paper: bert-base-uncased."""
     warmup_steps: int = Field(3000, ge=0)
     decay: Decay = "step"
     human_repeat: int = Field(1, ge=1)
     """How many times an epoch passes over each human pair."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> PretrainConfig:
+        if self.init is not None and (self.init_vision or self.init_text):
+            raise ValueError(
+                "init is a whole MED; give it alone, or init_vision and init_text without it"
+            )
+        return self
 
 
 class PretrainLosses(Losses):
@@ -59,14 +74,15 @@ class PretrainLosses(Losses):
 
 
 class PretrainStage(DatasetStage):
-    """Inputs: ``train``, all training tars; ``tokenizer`` and ``init``, a folder each, in place
-    of what the config names, where the caller has brought them to this machine.
+    """Inputs: ``train``, all training tars; ``tokenizer``, ``init``, ``init_vision`` and
+    ``init_text``, a folder each, in place of what the config names, where the caller has brought
+    them to this machine.
 
     Writes ``med/`` (`stages.models.checkpoints.save_med`), ``log.parquet`` (TRAINING_LOG) and
     ``data.json``: how many pairs and images were trained on, how many were skipped and why.
 
     Raises:
-        CheckpointError: ``init`` holds no MED, or there is no tokenizer.
+        CheckpointError: an init is not the model that it should be, or there is no tokenizer.
         SourceError: no pair to train on.
         TrainingError: the loss is not finite or diverges.
     """
@@ -95,14 +111,18 @@ class PretrainStage(DatasetStage):
 
     def _start(self, inputs: Mapping[str, Sequence[Path]]) -> tuple[Med, BertTokenizer]:
         config = self.config
-        init = inputs["init"][0] if "init" in inputs else config.init
+        given = {
+            name: inputs[name][0] if name in inputs else getattr(config, name)
+            for name in ("tokenizer", "init", "init_vision", "init_text")
+        }
         with seeded(config.seed):
-            if init is not None:
+            if (init := given["init"]) is not None:
                 return load_med(init, config.model), load_tokenizer(init)
-            source = inputs["tokenizer"][0] if "tokenizer" in inputs else config.tokenizer
-            tokenizer = load_tokenizer(source)
+            tokenizer = load_tokenizer(given["tokenizer"])
             text = fitted_to(config.model.text, tokenizer)
-            return Med(config.model.model_copy(update={"text": text})), tokenizer
+            med = Med(config.model.model_copy(update={"text": text}))
+            start_towers(med, tokenizer, given["init_vision"], given["init_text"])
+            return med, tokenizer
 
 
 def write_log(output_dir: Path, log: pa.Table, pairs: Pairs) -> None:

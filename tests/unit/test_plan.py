@@ -88,3 +88,16 @@ def test_where_a_tokenizer_lies_does_not_matter(tmp_path: Path) -> None:
     (tmp_path / "there" / "vocab.txt").write_text("[UNK]")
     changed = records({}, pretrain={"tokenizer": str(tmp_path / "there")})
     assert changed["pretrain"] != found[0]["pretrain"]
+
+
+@pytest.mark.parametrize("field", ["init", "init_vision", "init_text"])
+def test_the_content_of_what_pretraining_starts_from_counts(tmp_path: Path, field: str) -> None:
+    found = [records({})]
+    for name, content in (("here", "1"), ("there", "1"), ("other", "2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(content)
+        folder = str(tmp_path / name)
+        found.append(records({}, pretrain={"tokenizer": "tokenizer", field: folder}))
+    nothing, here, there, other = found
+    assert here == there and len({r["pretrain"] for r in (nothing, here, other)}) == 3
+    assert here["assemble"] == nothing["assemble"]

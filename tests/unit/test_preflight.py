@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import BertConfig, ViTConfig
 
 from pipeline.config import parse
 from pipeline.preflight import check
@@ -155,6 +156,27 @@ def test_a_hub_id_that_cannot_be_had(
 def test_the_tokenizer(good: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"pretrain\.tokenizer: .*no tokenizer\.json"):
         checked(good, pretrain={"tokenizer": str(tmp_path)})
+
+
+@pytest.mark.parametrize("field", ["init", "init_vision", "init_text"])
+def test_what_pretraining_starts_from(good: dict[str, Any], tmp_path: Path, field: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        checked(good, pretrain=good["pretrain"] | {field: str(tmp_path)})
+    assert str(caught.value).startswith(f"pretrain.{field}: {tmp_path}: no config.json")
+    # Of the right kind, but not of the model's sizes, which are ViT-B's and BERT-base's here.
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    made = {"init_vision": ViTConfig(**sizes), "init_text": BertConfig(**sizes)}
+    if field in made:
+        made[field].save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match=rf"pretrain\.{field}: .* does not fit: width 32"):
+            checked(good, pretrain=good["pretrain"] | {field: str(tmp_path)})
+
+
+def test_a_bert_is_not_compared_with_words_that_the_world_will_make(
+    good: dict[str, Any], tmp_path: Path
+) -> None:
+    pretrain = {"tokenizer": "{world}/tokenizer", "init_text": str(tmp_path)}
+    checked(good, world={}, pretrain=pretrain)
 
 
 def test_limits_that_the_model_cannot_meet(good: dict[str, Any]) -> None:

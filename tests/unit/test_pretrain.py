@@ -7,11 +7,20 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
-from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import (
+    BertConfig,
+    BertModel,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    ViTConfig,
+    ViTModel,
+)
 
 from stages.base import LocalContext
 from stages.errors import CheckpointError, SourceError
+from stages.models.text import load_tokenizer
 from stages.pretrain import PretrainConfig, PretrainStage
 from stages.schemas import TRAINING_LOG
 from tests.toy_pairs import DyingContext, Killed, toy_med, toy_tar, toy_tokenizer, write_tar
@@ -114,6 +123,36 @@ def test_it_goes_on_from_another_med(tmp_path: Path) -> None:
         assert torch.allclose(one[name], other[name], atol=1e-6)
     named = stage(tmp_path, steps=1, lr=1e-9, init=str(first / "med"))
     assert same(second, run(named, tmp_path / "third", inputs))
+
+
+def test_it_starts_from_a_vit_and_a_bert(tmp_path: Path) -> None:
+    inputs = {"train": tars(tmp_path)}
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vit = ViTModel(ViTConfig(image_size=32, patch_size=8, intermediate_size=64, **sizes))
+    vit.save_pretrained(tmp_path / "vit")
+    words = len(load_tokenizer(tmp_path / "tokenizer"))
+    bert = BertModel(
+        BertConfig(vocab_size=words, max_position_embeddings=40, intermediate_size=64, **sizes)
+    )
+    bert.save_pretrained(tmp_path / "bert")
+    started = {"init_vision": str(tmp_path / "vit"), "init_text": str(tmp_path / "bert")}
+    first = run(stage(tmp_path, steps=1, lr=1e-9, **started), tmp_path / "first", inputs)
+    found = weights(first)
+    for name, expected in (
+        ("vision_model.encoder.layers.0.mlp.fc1.weight", vit.layers[0].mlp.fc1.weight),
+        ("vision_model_m.post_layernorm.weight", vit.layernorm.weight),
+        ("text_decoder.bert.embeddings.word_embeddings.weight", bert.get_input_embeddings().weight),
+    ):
+        assert torch.allclose(found[name], expected, atol=1e-6)
+    brought = {name: [Path(folder)] for name, folder in started.items()}
+    again = run(stage(tmp_path, steps=1, lr=1e-9), tmp_path / "again", {**inputs, **brought})
+    assert same(first, again)
+
+
+def test_one_start_only() -> None:
+    with pytest.raises(ValidationError, match="init is a whole MED; give it alone"):
+        PretrainConfig(tokenizer="t", init="med", init_text="bert")
 
 
 def test_what_cannot_be_used_is_named(tmp_path: Path) -> None:
