@@ -11,6 +11,7 @@ import yaml
 from pipeline.config import RunConfig, load, parse, substitute
 from stages.errors import ConfigError
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL: dict[str, Any] = {
     "run": "runs/x",
     "sources": [{"path": "web.parquet"}],
@@ -173,9 +174,68 @@ def test_a_config_survives_json(file: Path) -> None:
     assert parse(config.model_dump(), "again") == config
 
 
-@pytest.mark.parametrize(
-    "path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda p: p.name
-)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_the_configs_that_come_along_are_valid(path: Path) -> None:
     config = load(str(path))
     assert config.run and config.rounds.count > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "paper"),
+    [
+        (
+            "paper-14m",
+            {
+                "pretrain.model.vision.width": 768,
+                "pretrain.batch_size": 2880,
+                "pretrain.lr": 3e-4,
+                "finetune.captioner.lr": 1e-5,
+                "finetune.filter.lr": 1e-5,
+            },
+        ),
+        (
+            "paper-129m",
+            {
+                "pretrain.model.vision.width": 1024,
+                "pretrain.model.vision.layers": 24,
+                "pretrain.batch_size": 2400,
+                "pretrain.lr": 2e-4,
+                "finetune.captioner.lr": 2e-6,
+                "finetune.filter.lr": 5e-6,
+            },
+        ),
+    ],
+)
+def test_the_papers_values(name: str, paper: dict[str, float]) -> None:
+    """Of what sets the two apart, and of what a changed default must not change for them."""
+    config = load(str(CONFIGS / f"{name}.yaml"))
+    same = {
+        "pretrain.epochs": 20,
+        "pretrain.warmup_steps": 3000,
+        "pretrain.warmup_lr": 1e-6,
+        "pretrain.min_lr": 1e-6,
+        "pretrain.decay_rate": 0.9,
+        "pretrain.weight_decay": 0.05,
+        "pretrain.alpha": 0.4,
+        "pretrain.alpha_epochs": 2,
+        "pretrain.model.queue_size": 57_600,
+        "pretrain.model.vision.image_size": 224,
+        "finetune.captioner.image_size": 384,
+        "finetune.captioner.epochs": 5,
+        "finetune.filter.epochs": 6,
+        "finetune.filter.batch_size": 256,
+        "caption.generation.top_p": 0.9,
+        "caption.generation.min_tokens": 5,
+        "caption.generation.max_tokens": 20,
+        "select.threshold": 0.5,
+        "rounds.count": 1,
+    }
+    for field, value in {**same, **paper}.items():
+        found: Any = config
+        for part in field.split("."):
+            found = getattr(found, part)
+        assert found == value, field
+    # Queues turn over in whole batches, and batches are shared out evenly.
+    assert config.pretrain.model.queue_size % config.pretrain.batch_size == 0
+    for batch in (config.pretrain.batch_size, config.finetune.filter.batch_size):
+        assert batch % config.engine.train_workers == 0
