@@ -17,11 +17,12 @@ from pydantic import Field
 from torch import Tensor
 
 from stages.base import Context, DatasetStage
-from stages.models.blocks import KeyValue, VisionConfig
+from stages.models.blocks import KeyValue, VisionConfig, take_rows
 from stages.models.checkpoints import load_med, save_captioner, save_filter
 from stages.models.losses import MedLosses
-from stages.models.med import Gather, Med, MedConfig
+from stages.models.med import Med, MedConfig
 from stages.models.text import load_tokenizer
+from stages.models.workers import Workers
 from stages.pretrain import write_log
 from stages.training.data import Batch, Pairs
 from stages.training.device import seeded
@@ -90,15 +91,18 @@ class FilterFinetuneConfig(FinetuneConfig):
 class CaptionerLosses(Losses):
     """LM behind a prompt of ``prompt_length`` positions, ``[DEC]`` included."""
 
+    matching = False
+
     def __init__(self, med: Med, prompt_length: int) -> None:
         super().__init__(med)
         self.prompt_length = prompt_length
 
-    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
+    def forward(self, batch: Batch, alpha: float, workers: Workers | None) -> MedLosses:
         losses: MedLosses = self.med(
             batch.pixel_values(),
             batch.input_ids,
             batch.attention_mask,
+            workers=workers,
             matching=False,
             prompt_length=self.prompt_length,
         )
@@ -116,7 +120,7 @@ class FilterLosses(Losses):
         self.swaps, self.count = swaps, count
         self.seed, self.rank = seed, rank
 
-    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
+    def forward(self, batch: Batch, alpha: float, workers: Workers | None) -> MedLosses:
         med, pixels = self.med, batch.pixel_values()
         tokens = med.vision_model(pixels)
         image_kv = med.text_encoder.cross_kv(tokens)
@@ -128,45 +132,63 @@ class FilterLosses(Losses):
             batch.attention_mask,
             alpha=alpha,
             image_ids=batch.image_ids,
-            gather=gather,
+            workers=workers,
         )
-        rows, texts = self._drawn(batch)
-        if rows:
-            share = len(rows) / (len(rows) + 3 * len(pixels))
-            wrong = self._rejected(batch, image_kv, rows, texts)
-            itm = itm * (1 - share) + wrong * share
+        if self.swaps is not None:
+            shared = workers if workers is not None and workers.share else None
+            itm = self._with_near_misses(itm, batch, image_kv, self.swaps, shared)
         return MedLosses(itc, itm, itc.new_zeros(()))
 
-    def _drawn(self, batch: Batch) -> tuple[list[int], list[Tokens]]:
+    def _with_near_misses(
+        self,
+        itm: Tensor,
+        batch: Batch,
+        image_kv: list[KeyValue],
+        swaps: WordSwaps,
+        shared: Workers | None,
+    ) -> Tensor:
+        ids, pairs, rank = batch.input_ids, len(batch.input_ids), self.rank
+        if shared is not None:
+            ids, rank = shared.gather_padded(ids), 0
+        drawn = self._drawn(ids, batch.step, rank, swaps)
+        if not drawn:
+            return itm
+        share = len(drawn) / (len(drawn) + 3 * len(ids))
+        if shared is None:
+            return itm * (1 - share) + self._rejected(batch, image_kv, drawn).mean() * share
+        first = shared.own(pairs).start
+        own = [(row - first, text) for row, text in drawn if 0 <= row - first < pairs]
+        wrong = self._rejected(batch, image_kv, own).sum() if own else 0.0
+        return itm * (1 - share) + wrong * shared.size / len(drawn) * share
+
+    def _drawn(
+        self, input_ids: Tensor, step: int, rank: int, swaps: WordSwaps
+    ) -> list[tuple[int, Tokens]]:
         """Near misses with the rows whose images they miss."""
-        rows: list[int] = []
-        texts: list[Tokens] = []
-        if self.swaps is None:
-            return rows, texts
-        step_seed = np.random.SeedSequence((self.seed, batch.step, self.rank))
-        random = np.random.Generator(np.random.Philox(step_seed))
-        for row, caption in enumerate(batch.input_ids.cpu().numpy()):
-            for _ in range(self.count):
-                text = self.swaps.swapped(caption, random)
-                if text is not None:
-                    rows.append(row)
-                    texts.append(text)
-        return rows, texts
+        random = np.random.Generator(
+            np.random.Philox(np.random.SeedSequence((self.seed, step, rank)))
+        )
+        return [
+            (row, text)
+            for row, caption in enumerate(input_ids.cpu().numpy())
+            for _ in range(self.count)
+            if (text := swaps.swapped(caption, random)) is not None
+        ]
 
     def _rejected(
-        self, batch: Batch, image_kv: list[KeyValue], rows: list[int], texts: list[Tokens]
+        self, batch: Batch, image_kv: list[KeyValue], drawn: list[tuple[int, Tokens]]
     ) -> Tensor:
-        device = batch.input_ids.device
-        own = torch.tensor(rows, device=device)
-        ids = torch.from_numpy(np.stack(texts)).to(device)
+        """The loss of each near miss."""
+        device, length = batch.input_ids.device, batch.input_ids.shape[1]
+        own = torch.tensor([row for row, _ in drawn], device=device)
+        # Texts gathered from other workers' may be padded further than ours.
+        ids = torch.from_numpy(np.stack([text[:length] for _, text in drawn])).to(device)
         ids[:, 0] = self.med.config.text.enc_token_id
         states = self.med.text_encoder(
-            ids,
-            batch.attention_mask[own],
-            image_kv=[(key[own], value[own]) for key, value in image_kv],
-            first_only=True,
+            ids, batch.attention_mask[own], image_kv=take_rows(image_kv, own), first_only=True
         )
-        return F.cross_entropy(self.med.itm_head(states[:, 0]), torch.zeros_like(own))
+        labels = torch.zeros_like(own)
+        return F.cross_entropy(self.med.itm_head(states[:, 0]), labels, reduction="none")
 
 
 class _Finetune(DatasetStage):

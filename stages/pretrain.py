@@ -17,9 +17,10 @@ from pydantic import Field, model_validator
 from stages.base import Context, DatasetStage, operational
 from stages.models.checkpoints import load_med, save_med
 from stages.models.losses import MedLosses
-from stages.models.med import Gather, Med, MedConfig
+from stages.models.med import Med, MedConfig
 from stages.models.text import fitted_to, load_tokenizer
 from stages.models.towers import start_towers
+from stages.models.workers import Workers
 from stages.training.data import Batch, Pairs
 from stages.training.device import seeded
 from stages.training.loop import Losses, TrainingConfig, train
@@ -61,14 +62,14 @@ class PretrainConfig(TrainingConfig):
 class PretrainLosses(Losses):
     """ITC + ITM + LM."""
 
-    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
+    def forward(self, batch: Batch, alpha: float, workers: Workers | None) -> MedLosses:
         losses: MedLosses = self.med(
             batch.pixel_values(),
             batch.input_ids,
             batch.attention_mask,
             alpha,
             image_ids=batch.image_ids,
-            gather=gather,
+            workers=workers,
         )
         return losses
 

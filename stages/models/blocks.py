@@ -28,6 +28,7 @@ from stages.models.vision import (
     VisionTransformer,
     check_heads,
     initialise,
+    run_layer,
     split_heads,
 )
 
@@ -186,7 +187,19 @@ class _TextLayer(nn.Module):
         queries = states[:, :1] if first_only else states
         return cast(Tensor, self.attention(queries, (key, value), mask, causal))
 
-    def rest(self, states: Tensor, image_kv: KeyValue | None) -> Tensor:
+    def forward(
+        self,
+        states: Tensor,
+        mask: Tensor | None,
+        causal: bool,
+        past: list[Tensor] | None,
+        first_only: bool,
+        rows: Tensor | None,
+        image_kv: KeyValue | None,
+    ) -> Tensor:
+        states = self.self_attention(states, mask, causal, past, first_only)
+        if rows is not None:
+            states = states.index_select(0, rows)
         if image_kv is not None:
             states = self.crossattention(states, image_kv)
         return cast(Tensor, self.output(self.intermediate(states), states))
@@ -208,6 +221,8 @@ class TextStack(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
+        """See `run_layer`."""
         self.embeddings = _TextEmbeddings(config)
         self.encoder = _TextEncoder(config)
         initialise(self, config.initializer_std)
@@ -218,11 +233,11 @@ class TextStack(nn.Module):
         They depend on the image alone, so one call serves every text of an image and every
         decoding step. Each is (B, heads, T, head width).
         """
-        return [layer.crossattention.key_value(image_tokens) for layer in self._layers]
+        return [layer.crossattention.key_value(image_tokens) for layer in self.layers]
 
     def new_cache(self) -> Cache:
         """An empty cache for step-wise decoding; `forward` fills and extends it in place."""
-        return [[] for _ in self._layers]
+        return [[] for _ in self.layers]
 
     def forward(
         self,
@@ -252,22 +267,27 @@ class TextStack(nn.Module):
         mask = _attention_mask(input_ids.shape[1], attention_mask, causal, past)
         # SDPA builds the plain causal mask itself, faster than it reads one.
         flag = causal and mask is None and input_ids.shape[1] > 1
-        last = len(self._layers) - 1
+        last = len(self.layers) - 1
         states = self.embeddings(input_ids, past)
-        for index, layer in enumerate(self._layers):
-            entry = cache[index] if cache is not None else None
-            first = first_only and index == last
-            states = layer.self_attention(states, mask, flag, entry, first)
-            if rows is not None and index == 0:
-                states = states.index_select(0, rows)
-                mask = (
-                    mask.index_select(0, rows) if mask is not None and mask.shape[0] > 1 else mask
-                )
-            states = layer.rest(states, image_kv[index] if image_kv is not None else None)
+        for index, layer in enumerate(self.layers):
+            first = index == 0
+            states = run_layer(
+                layer,
+                self.checkpointing,
+                states,
+                mask,
+                flag,
+                cache[index] if cache is not None else None,
+                first_only and index == last,
+                rows if first else None,
+                image_kv[index] if image_kv is not None else None,
+            )
+            if rows is not None and first and mask is not None and mask.shape[0] > 1:
+                mask = mask.index_select(0, rows)
         return cast(Tensor, states)
 
     @property
-    def _layers(self) -> list[_TextLayer]:
+    def layers(self) -> list[_TextLayer]:
         return cast(list[_TextLayer], list(self.encoder.layer))
 
 

@@ -8,7 +8,7 @@ indexes them. The losses are the original's to rounding (BLIP, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -34,12 +34,10 @@ from stages.models.losses import (
     matching_labels,
     same_pair,
 )
+from stages.models.workers import Workers, cross_entropy
 
 TEMPERATURE_RANGE = (0.001, 0.5)
 NO_IMAGE_ID = -1
-
-Gather = Callable[[Tensor], Tensor]
-"""(B, …) of this worker → (world · B, …) of all workers, in the same order on each."""
 
 
 class MedConfig(Config):
@@ -70,6 +68,16 @@ class _Features(NamedTuple):
 
     image: Tensor
     text: Tensor
+
+
+class _Candidates(NamedTuple):
+    """What a batch is compared with besides the queue, C pairs; and what is to be queued."""
+
+    image: Tensor
+    text: Tensor
+    """Momentum features, each (C, projection_dim)."""
+    image_ids: Tensor
+    """(C,) int64."""
 
 
 class _Predictions(nn.Module):
@@ -141,6 +149,17 @@ class Med(nn.Module):
             copy.requires_grad_(False)
             copy.copy_(online)
 
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Clamp the temperature and move the momentum copies on, once before each training step.
+
+        Not part of `forward`: a step may have several batches, and sharded weights are whole only
+        inside it.
+        """
+        self.temp.clamp_(*TEMPERATURE_RANGE)
+        online, copies = map(list, zip(*self._momentum_pairs(), strict=True))
+        torch._foreach_lerp_(copies, online, 1 - self.config.momentum)
+
     def forward(
         self,
         pixel_values: Tensor,
@@ -151,12 +170,12 @@ class Med(nn.Module):
         image_ids: Tensor | None = None,
         negatives: tuple[Tensor, Tensor] | None = None,
         generator: torch.Generator | None = None,
-        gather: Gather | None = None,
+        workers: Workers | None = None,
         matching: bool = True,
         language: bool = True,
         prompt_length: int = 0,
     ) -> MedLosses:
-        """The losses of one step; in train mode also moves momentum copies and queues on.
+        """The losses of one batch, after `begin_step`; in train mode also fills the queues.
 
         - ``pixel_values``: (B, 3, S, S); ``input_ids``, ``attention_mask``: (B, L) int64, texts as
           tokenized, ``[CLS]`` first and ``[SEP]`` last; columns that are all padding are dropped.
@@ -164,8 +183,9 @@ class Med(nn.Module):
         - ``image_ids``: (B,) int64, not negative, equal for pairs of one image. Used if
           ``config.mask_same_image``.
         - ``negatives``: hard negatives to use instead of drawing them: the image index for each
-          text, the text index for each image. ``generator`` draws them otherwise.
-        - ``gather`` brings the workers' features together for the queue.
+          text, the text index for each image. ``generator`` draws them otherwise; where workers
+          share the batch, theirs does, and indices count all workers' rows.
+        - ``workers``: who else holds a part of the batch; their losses average to the whole's.
         - ``matching`` asks for ITC and ITM, ``language`` for LM; fine-tuning wants one of them.
         - ``prompt_length``: leading positions, ``[DEC]`` included, that carry no LM loss.
         """
@@ -184,10 +204,10 @@ class Med(nn.Module):
                 image_ids=image_ids if self.config.mask_same_image else None,
                 negatives=Negatives(*negatives) if negatives is not None else None,
                 generator=generator,
-                gather=gather,
+                workers=workers,
             )
         if language:
-            lm = self.language_modelling(image_kv, input_ids, prompt_length)
+            lm = self.language_modelling(image_kv, input_ids, prompt_length, workers)
         return MedLosses(itc, itm, lm)
 
     def contrastive_and_matching(
@@ -202,7 +222,7 @@ class Med(nn.Module):
         image_ids: Tensor | None = None,
         negatives: Negatives | None = None,
         generator: torch.Generator | None = None,
-        gather: Gather | None = None,
+        workers: Workers | None = None,
     ) -> tuple[Tensor, Tensor]:
         """ITC and ITM from (B, T, Dv) image tokens and their `TextStack.cross_kv`."""
         states = self.text_encoder(input_ids, attention_mask, first_only=True)
@@ -210,19 +230,34 @@ class Med(nn.Module):
             _unit(self.vision_proj(tokens[:, 0])), _unit(self.text_proj(states[:, 0]))
         )
         momentum = self._momentum_features(pixel_values, input_ids, attention_mask)
-        positives = same_pair(tokens.shape[0], image_ids, tokens.device)
+        own = _candidates(momentum, image_ids)
+        shared = workers if workers is not None and workers.share else None
+        everyone = own if workers is None else _Candidates(*map(workers.gather, own))
+        candidates = own if shared is None else everyone
+        rows = slice(None) if shared is None else shared.own(len(tokens))
+        known = None if image_ids is None else candidates.image_ids
+        same = same_pair(len(candidates.image), known, tokens.device)
         # Scores over a temperature of 0.07 and thousands of candidates want full precision.
         with torch.autocast(tokens.device.type, enabled=False):
-            itc, i2t, t2i = self._contrastive(online, momentum, positives, image_ids, alpha)
+            itc, i2t, t2i = self._contrastive(
+                online, momentum, candidates, same[rows], image_ids, alpha
+            )
         if self.training:
-            self._enqueue(momentum, image_ids, gather)
+            self._enqueue(everyone)
+        if shared is not None:
+            i2t, t2i = shared.gather(i2t), shared.gather(t2i)
         if negatives is None:
-            negatives = draw_negatives(i2t, t2i, positives, generator)
-        itm = self._matching(image_kv, input_ids, attention_mask, negatives)
+            source = generator if shared is None else shared.generator
+            negatives = draw_negatives(i2t, t2i, same, source)
+        itm = self._matching(image_kv, input_ids, attention_mask, negatives, shared)
         return itc, itm
 
     def language_modelling(
-        self, image_kv: list[KeyValue], input_ids: Tensor, prompt_length: int = 0
+        self,
+        image_kv: list[KeyValue],
+        input_ids: Tensor,
+        prompt_length: int = 0,
+        workers: Workers | None = None,
     ) -> Tensor:
         """Mean next-token loss with label smoothing over the tokens that follow the prompt."""
         config = self.config.text
@@ -234,18 +269,16 @@ class Med(nn.Module):
         wanted = targets.view_as(input_ids) != config.pad_token_id
         wanted[:, : max(prompt_length - 1, 0)] = False
         places = wanted.flatten().nonzero().squeeze(1)
-        if not len(places):
+        shared = workers if workers is not None and workers.share else None
+        if shared is None and not len(places):
             return states.sum() * 0
         logits = self.text_decoder.cls.predictions(states.flatten(0, 1).index_select(0, places))
-        return F.cross_entropy(logits, targets[places], label_smoothing=self.config.label_smoothing)
+        return cross_entropy(logits, targets[places], shared, self.config.label_smoothing)
 
     @torch.no_grad()
     def _momentum_features(
         self, pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor
     ) -> _Features:
-        if self.training:
-            online, copies = map(list, zip(*self._momentum_pairs(), strict=True))
-            torch._foreach_lerp_(copies, online, 1 - self.config.momentum)
         image = self.vision_model_m(pixel_values, first_only=True)[:, 0]
         text = self.text_encoder_m(input_ids, attention_mask, first_only=True)[:, 0]
         return _Features(_unit(self.vision_proj_m(image)), _unit(self.text_proj_m(text)))
@@ -254,16 +287,16 @@ class Med(nn.Module):
         self,
         online: _Features,
         momentum: _Features,
+        candidates: _Candidates,
         positives: Tensor,
         image_ids: Tensor | None,
         alpha: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The ITC loss and the (B, B) scores within the batch, both ways."""
-        batch = len(online.image)
+        """The ITC loss and the (B, C) scores of the candidates within the batch, both ways."""
+        within = len(candidates.image)
         with torch.no_grad():
-            self.temp.clamp_(*TEMPERATURE_RANGE)
-            images = torch.cat([momentum.image.T, self.image_queue], dim=1)
-            texts = torch.cat([momentum.text.T, self.text_queue], dim=1)
+            images = torch.cat([candidates.image.T, self.image_queue], dim=1)
+            texts = torch.cat([candidates.text.T, self.text_queue], dim=1)
             if image_ids is None:
                 positives = F.pad(positives, (0, self.config.queue_size))
             else:
@@ -273,7 +306,7 @@ class Med(nn.Module):
             targets_t2i = contrastive_targets(positives, momentum.text @ images / self.temp, alpha)
         i2t, t2i = online.image @ texts / self.temp, online.text @ images / self.temp
         loss = (F.cross_entropy(i2t, targets_i2t) + F.cross_entropy(t2i, targets_t2i)) / 2
-        return loss, i2t[:, :batch].detach(), t2i[:, :batch].detach()
+        return loss, i2t[:, :within].detach(), t2i[:, :within].detach()
 
     def _matching(
         self,
@@ -281,11 +314,29 @@ class Med(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor,
         negatives: Negatives,
+        shared: Workers | None,
     ) -> Tensor:
         batch = input_ids.shape[0]
         own = torch.arange(batch, device=input_ids.device)
-        texts = torch.cat([own, own, negatives.text_index])
-        images = torch.cat([own, negatives.image_index, own])
+        if shared is None:
+            texts = torch.cat([own, own, negatives.text_index])
+            images = torch.cat([own, negatives.image_index, own])
+            labels = matching_labels(batch, negatives, input_ids.device)
+        else:
+            # A text is small: it comes to the worker that holds its image.
+            input_ids = shared.gather_padded(input_ids)
+            attention_mask = shared.gather_padded(attention_mask)
+            rows = shared.own(batch)
+            here = negatives.image_index - rows.start
+            guests = ((here >= 0) & (here < batch)).nonzero().squeeze(1)
+            texts = torch.cat([own + rows.start, guests, negatives.text_index[rows]])
+            images = torch.cat([own, here[guests], own])
+            right, wrong_image, wrong_text = matching_labels(
+                len(input_ids), negatives, input_ids.device
+            ).view(3, -1)
+            labels = torch.cat([right[rows], wrong_image[guests], wrong_text[rows]])
+            needed, texts = torch.unique(texts, return_inverse=True)
+            input_ids, attention_mask = input_ids[needed], attention_mask[needed]
         states = self.text_encoder(
             _starting_with(self.config.text.enc_token_id, input_ids),
             attention_mask,
@@ -293,24 +344,16 @@ class Med(nn.Module):
             rows=texts,
             first_only=True,
         )
-        labels = matching_labels(batch, negatives, input_ids.device)
-        return F.cross_entropy(self.itm_head(states[:, 0]), labels)
+        return cross_entropy(self.itm_head(states[:, 0]), labels, shared)
 
     @torch.no_grad()
-    def _enqueue(
-        self, momentum: _Features, image_ids: Tensor | None, gather: Gather | None
-    ) -> None:
-        image, text = momentum
-        if image_ids is None:
-            image_ids = self.image_id_queue.new_full((len(image),), NO_IMAGE_ID)
-        if gather is not None:
-            image, text, image_ids = gather(image), gather(text), gather(image_ids)
+    def _enqueue(self, pairs: _Candidates) -> None:
         size = self.config.queue_size
-        slots = torch.arange(min(len(image), size), device=self.queue_ptr.device)
+        slots = torch.arange(min(len(pairs.image), size), device=self.queue_ptr.device)
         slots = (slots + self.queue_ptr) % size
-        self.image_queue[:, slots] = image[-size:].T
-        self.text_queue[:, slots] = text[-size:].T
-        self.image_id_queue[slots] = image_ids[-size:]
+        self.image_queue[:, slots] = pairs.image[-size:].T
+        self.text_queue[:, slots] = pairs.text[-size:].T
+        self.image_id_queue[slots] = pairs.image_ids[-size:]
         self.queue_ptr.add_(len(slots)).remainder_(size)
 
     def _momentum_pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
@@ -328,6 +371,13 @@ def trim(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Drop the columns on the right that are padding in every row."""
     length = int(attention_mask.sum(1).max())
     return input_ids[:, :length], attention_mask[:, :length]
+
+
+def _candidates(momentum: _Features, image_ids: Tensor | None) -> _Candidates:
+    if image_ids is None:
+        count = len(momentum.image)
+        image_ids = torch.full((count,), NO_IMAGE_ID, device=momentum.image.device)
+    return _Candidates(*momentum, image_ids)
 
 
 def _unit(features: Tensor) -> Tensor:

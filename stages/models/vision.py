@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from stages.base import Config
 
@@ -54,6 +55,14 @@ def check_heads(width: int, heads: int) -> None:
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """(B, L, D) → (B, heads, L, D / heads), a view."""
     return states.view(*states.shape[:-1], heads, -1).transpose(1, 2)
+
+
+def run_layer(layer: nn.Module, checkpointing: bool, *arguments: object) -> Tensor:
+    """``layer(*arguments)``; with ``checkpointing``, what its gradients need is computed again in
+    the backward pass instead of being kept. The results are the same, bit for bit on a CPU."""
+    if checkpointing and torch.is_grad_enabled():
+        return cast(Tensor, checkpoint(layer, *arguments, use_reentrant=False))
+    return cast(Tensor, layer(*arguments))
 
 
 def initialise(module: nn.Module, std: float) -> None:
@@ -151,10 +160,16 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config
+        self.checkpointing = False
+        """See `run_layer`."""
         self.embeddings = _PatchEmbeddings(config)
         self.encoder = _VisionEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.width, eps=config.eps)
         initialise(self, config.initializer_std)
+
+    @property
+    def layers(self) -> list[_VisionLayer]:
+        return cast(list[_VisionLayer], list(self.encoder.layers))
 
     def forward(self, pixel_values: Tensor, *, first_only: bool = False) -> Tensor:
         """Image tokens after the last LayerNorm.
@@ -164,7 +179,7 @@ class VisionTransformer(nn.Module):
         layer elsewhere.
         """
         states = self.embeddings(pixel_values)
-        last = len(self.encoder.layers) - 1
-        for index, layer in enumerate(self.encoder.layers):
-            states = layer(states, first_only and index == last)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            states = run_layer(layer, self.checkpointing, states, first_only and index == last)
         return cast(Tensor, self.post_layernorm(states))

@@ -10,24 +10,32 @@ from __future__ import annotations
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import Any, Literal, cast
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed import all_gather_into_tensor, all_reduce
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed import all_reduce
 
 from stages.base import Config, Context, operational
 from stages.errors import ConfigError, TrainingError
 from stages.models.losses import MedLosses
-from stages.models.med import Gather, Med
+from stages.models.med import Med
+from stages.models.workers import Workers
 from stages.schemas import TRAINING_LOG
 from stages.training.data import Augmentation, Batch, Images, Loader, Pairs
 from stages.training.device import default_device, torch_threads
+from stages.training.parallel import (
+    Parallel,
+    load_optimizer,
+    parallel,
+    whole_optimizer,
+    whole_state,
+)
 from stages.training.schedule import Decay, Schedule
 
 CHECKPOINT = "training.pt"
@@ -39,7 +47,14 @@ class TrainingConfig(Config):
     """Optimiser, schedule and data order; subclasses set the paper's values of their stage."""
 
     batch_size: int = Field(2880, ge=1)
-    """Pairs a step, over all workers; must be divisible by their number."""
+    """Pairs a step, over all workers and batches; must be divisible by their number."""
+    accumulate: int = Field(1, ge=1)
+    """Batches that a step's pairs are cut into, to save memory. ITC and ITM compare pairs within
+    one batch and with the queue, which is filled after each; momentum copies move once a step."""
+    global_negatives: bool = True
+    """ITC's candidates and ITM's negatives come from all workers' pairs, and losses are means over
+    all of them, as if one worker held the batch. False: each worker's own, as the original's
+    pretraining does."""
     epochs: float = Field(20, gt=0)
     steps: int | None = Field(None, ge=1)
     """Optimiser steps; takes the place of ``epochs``."""
@@ -66,6 +81,12 @@ class TrainingConfig(Config):
     max_words: int = Field(30, ge=1)
     """Words of a text that are read."""
     seed: int = Field(0, ge=0)
+    compile: bool = False
+    """torch.compile the layers; needs a C compiler. Rounds differently."""
+    parallel: Parallel = operational("ddp")
+    """What several workers hold: ddp all of the model, fsdp2 a part each."""
+    gradient_checkpointing: bool = operational(False)
+    """Compute layers again in the backward pass instead of keeping what they computed."""
     checkpoint_every_steps: int = operational(500, ge=1)
     log_every: int = operational(50, ge=1)
     """Steps a line of the training log."""
@@ -80,12 +101,15 @@ class TrainingConfig(Config):
 class Losses(nn.Module, ABC):
     """What one stage minimises: MED's losses on a batch. Subclasses define ``forward``."""
 
+    matching: ClassVar[bool] = True
+    """Whether ITC and ITM are among them, and with them momentum copies and temperature."""
+
     def __init__(self, med: Med) -> None:
         super().__init__()
         self.med = med
 
     @abstractmethod
-    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses: ...
+    def forward(self, batch: Batch, alpha: float, workers: Workers | None) -> MedLosses: ...
 
 
 def train(
@@ -109,10 +133,11 @@ def train(
         ConfigError: the batch cannot be shared out evenly among the workers, or texts are longer
             than the model reads.
     """
-    if config.batch_size % ctx.world_size:
+    parts = ctx.world_size * config.accumulate
+    if config.batch_size % parts:
         raise ConfigError(
             f"{name}.batch_size: {config.batch_size} pairs cannot be shared out evenly among "
-            f"{ctx.world_size} workers; give a multiple of {ctx.world_size}"
+            f"{ctx.world_size} workers in {config.accumulate} batches; give a multiple of {parts}"
         )
     longest, positions = int(pairs.lengths.max()), losses.med.config.text.max_positions
     if longest > positions:
@@ -145,7 +170,7 @@ class _Training:
         self.loader = Loader(
             pairs,
             images,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size // config.accumulate,
             seed=config.seed,
             rank=ctx.rank,
             world_size=ctx.world_size,
@@ -153,22 +178,49 @@ class _Training:
             min_scale=config.min_scale,
         )
         self.schedule = _schedule(config, self.loader.epoch_length)
-        self.parameters = [p for p in self.losses.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True
-        )
         self.log: list[dict[str, object]] = []
         self.window: list[Tensor] = []
         self.first_loss: float | None = None
+        self.workers: Workers | None = None
+        if ctx.world_size > 1:
+            share = config.global_negatives
+            self.workers = Workers(ctx.rank, ctx.world_size, self.device, share)
+        resumed = self._resume()
+        self.start = 0 if resumed is None else cast(int, resumed["step"])
+        self._prepare_layers()
+        self.parallel = parallel(losses, self.med, config.parallel, ctx.world_size)
+        self.parameters = [p for p in losses.parameters() if p.requires_grad]
+        self.optimizer = self._new_optimizer()
+        if resumed is not None:
+            load_optimizer(self.optimizer, resumed["optimizer"], self.parallel)
+
+    def _prepare_layers(self) -> None:
+        stacks = (self.med.vision_model, self.med.text_encoder, self.med.text_decoder.bert)
+        for stack in stacks:
+            stack.checkpointing = self.config.gradient_checkpointing
+        if self.config.compile:
+            for stack in (*stacks, self.med.vision_model_m, self.med.text_encoder_m):
+                for layer in stack.layers:
+                    layer.compile()
+
+    def _new_optimizer(self) -> torch.optim.AdamW:
+        # The temperature, a scalar, is never sharded, and no fused call takes both kinds.
+        tensors = [p for p in self.parameters if p.dim()]
+        scalars = [p for p in self.parameters if not p.dim()]
+        return torch.optim.AdamW(
+            [{"params": group} for group in (tensors, scalars) if group],
+            lr=self.config.lr,
+            weight_decay=self.config.weight_decay,
+            fused=True,
+        )
 
     def run(self) -> pa.Table:
-        start = self._resume()
-        model, gather = self._distributed()
-        total = self.schedule.steps
-        since, logged = time.perf_counter(), start
-        for batch in self.loader.batches(start, total, self.config.data_threads):
-            self._step(model, batch.to(self.device), gather)
-            done = batch.step + 1
+        total, parts = self.schedule.steps, self.config.accumulate
+        since, logged = time.perf_counter(), self.start
+        batches = self.loader.batches(self.start * parts, total * parts, self.config.data_threads)
+        for step in range(self.start, total):
+            self._step(step, batches)
+            done = step + 1
             last = done == total
             if done % self.config.log_every == 0 or last:
                 now = time.perf_counter()
@@ -177,29 +229,39 @@ class _Training:
                 since, logged = now, done
             if done % self.config.checkpoint_every_steps == 0 and not last:
                 self._save(done)
+        self.parallel.finish()
         return pa.Table.from_pylist(self.log, schema=TRAINING_LOG)
 
-    def _step(self, model: nn.Module, batch: Batch, gather: Gather | None) -> None:
-        torch.manual_seed(_step_seed(self.config.seed, batch.step, self.ctx.rank))
+    def _step(self, step: int, batches: Iterator[Batch]) -> None:
+        torch.manual_seed(_step_seed(self.config.seed, step, self.ctx.rank))
+        if self.workers is not None:
+            self.workers.generator.manual_seed(_step_seed(self.config.seed, step, 0))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr_at(batch.step)
-        half = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            losses: MedLosses = model(batch, self.schedule.alpha_at(batch.step), gather)
-        total = losses.total
-        total.backward()  # type: ignore[no-untyped-call]
-        self._check_step(batch.step, total.item(), self._gradient_norm())
+            group["lr"] = self.schedule.lr_at(step)
+        if self.losses.matching:
+            self.med.begin_step()
+        parts = self.config.accumulate
+        rows = [
+            self._backward(step, batch.to(self.device), part == parts - 1)
+            for part, batch in enumerate(islice(batches, parts))
+        ]
+        row = rows[0] if parts == 1 else torch.stack(rows).mean(0)
+        norm = self.parallel.gradient_norm(self.parameters, self.config.clip_grad_norm)
+        self._check_step(step, row[0].item(), norm.item())
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.window.append(torch.stack([total.detach(), *(loss.detach() for loss in losses)]))
+        self.window.append(row)
 
-    def _gradient_norm(self) -> float:
-        """Norm of the whole gradient, before it is clipped."""
-        if self.config.clip_grad_norm is not None:
-            norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_grad_norm)
-        else:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        return norm.item()
+    def _backward(self, step: int, batch: Batch, last: bool) -> Tensor:
+        """Add to the gradients; returns total, ITC, ITM and LM."""
+        half = self.config.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            losses: MedLosses = self.parallel.model(
+                batch, self.schedule.alpha_at(step), self.workers
+            )
+        total = losses.total
+        self.parallel.backward(total / self.config.accumulate, last)
+        return torch.stack([total.detach(), *(loss.detach() for loss in losses)])
 
     def _check_step(self, step: int, loss: float, gradient: float) -> None:
         # Before the optimiser moves: so weights stay finite, and with them every checkpoint.
@@ -207,19 +269,6 @@ class _Training:
             self._fail(step + 1, f"the loss is {loss}")
         if not math.isfinite(gradient):
             self._fail(step + 1, f"the gradient's norm is {gradient} at a loss of {loss:.3g}")
-
-    def _distributed(self) -> tuple[nn.Module, Gather | None]:
-        if self.ctx.world_size == 1:
-            return self.losses, None
-        world = self.ctx.world_size
-
-        def gather(tensor: Tensor) -> Tensor:
-            whole = tensor.new_empty((world * len(tensor), *tensor.shape[1:]))
-            all_gather_into_tensor(whole, tensor.contiguous())
-            return whole
-
-        # Queues and momentum copies are made equal on every worker by `gather`, not by broadcast.
-        return DistributedDataParallel(self.losses, broadcast_buffers=False), gather
 
     # ---- log ---------------------------------------------------------------------------------
 
@@ -271,12 +320,15 @@ class _Training:
     def _save(self, done: int) -> None:
         if self.window:
             self._check(done)
-        if self.ctx.rank:
+        first = self.ctx.rank == 0
+        model = whole_state(self.med, self.parallel, keep=first)
+        optimizer = whole_optimizer(self.optimizer, self.parallel, keep=first)
+        if not first:
             return
         state = {
             "step": done,
-            "model": self.med.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "log": self.log,
             "window": self.window,
             "first_loss": self.first_loss,
@@ -284,19 +336,19 @@ class _Training:
         }
         self.ctx.save(lambda folder: torch.save(state, folder / CHECKPOINT))
 
-    def _resume(self) -> int:
+    def _resume(self) -> Mapping[str, Any] | None:
+        """Take up the last checkpoint, all but its optimiser; None where there is none."""
         folder = self.ctx.resume_from()
         if folder is None:
-            return 0
+            return None
         state: Mapping[str, Any] = torch.load(
             folder / CHECKPOINT, map_location="cpu", weights_only=True
         )
         self.med.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
         self.log, self.first_loss = list(state["log"]), state["first_loss"]
         self.window = [row.to(self.device) for row in state["window"]]
         self.images.broken.update(state["broken"])
-        return cast(int, state["step"])
+        return state
 
 
 def _schedule(config: TrainingConfig, epoch_length: int) -> Schedule:

@@ -144,12 +144,11 @@ def test_near_misses_join_the_mean_of_itm(world: Path) -> None:
 
     plain, _ = itm(None, 0)
     with_misses, losses = itm(swaps, 2)
-    rows, texts = losses._drawn(batch)
-    assert len(rows) == 16 and all(
-        (t != batch.input_ids[r].numpy()).sum() == 1 for r, t in zip(rows, texts, strict=True)
-    )
+    drawn = losses._drawn(batch.input_ids, batch.step, 0, swaps)
+    assert len(drawn) == 16
+    assert all((text != batch.input_ids[row].numpy()).sum() == 1 for row, text in drawn)
     kv = med.eval().text_encoder.cross_kv(med.vision_model(batch.pixel_values()))
-    wrong = losses._rejected(batch, kv, rows, texts).item()
+    wrong = losses._rejected(batch, kv, drawn).mean().item()
     assert with_misses == pytest.approx((plain * 24 + wrong * 16) / 40, rel=1e-5)
 
 

@@ -8,7 +8,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from stages.models.blocks import TextConfig, VisionConfig
-from stages.models.med import NO_IMAGE_ID, TEMPERATURE_RANGE, Med, MedConfig, MedLosses
+from stages.models.losses import MedLosses
+from stages.models.med import NO_IMAGE_ID, TEMPERATURE_RANGE, Med, MedConfig
 
 VOCABULARY = 40
 CONFIG = MedConfig(
@@ -78,6 +79,7 @@ def assert_tied(model: Med) -> None:
 def step(model: Med) -> MedLosses:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
+    model.begin_step()
     losses: MedLosses = model(*batch(), 0.4)
     losses.total.backward()
     optimizer.step()
@@ -125,7 +127,7 @@ def test_momentum_copies_follow_before_they_are_used() -> None:
     with torch.no_grad():
         model.text_proj.weight += 1.0
     before = model.text_proj_m.weight.clone()
-    model(*batch())
+    model.begin_step()
     torch.testing.assert_close(model.text_proj_m.weight, before + 0.005)
     assert not any(p.requires_grad for p in model.vision_model_m.parameters())
 
@@ -135,7 +137,7 @@ def test_temperature_is_clamped() -> None:
     for outside, clamped in zip((-1.0, 9.0), TEMPERATURE_RANGE, strict=True):
         with torch.no_grad():
             model.temp.fill_(outside)
-        model(*batch())
+        model.begin_step()
         assert model.temp.item() == pytest.approx(clamped)
 
 
@@ -149,12 +151,6 @@ def test_queue_wraps_around() -> None:
         torch.testing.assert_close(queue.norm(dim=0), torch.ones(10))
     # Same pictures, nearly the same model: the newest features are the oldest ones again.
     torch.testing.assert_close(model.image_queue[:, 4], model.image_queue[:, 8], atol=0.1, rtol=0)
-
-
-def test_gather_brings_other_workers_features() -> None:
-    model = med()
-    model(*batch(), image_ids=torch.arange(4), gather=lambda tensor: torch.cat([tensor, tensor]))
-    assert model.image_id_queue.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, NO_IMAGE_ID, NO_IMAGE_ID]
 
 
 def test_evaluation_leaves_the_model_as_it_is() -> None:
@@ -259,6 +255,7 @@ def test_learns_a_batch_by_heart() -> None:
     optimizer = torch.optim.AdamW(trained, lr=5e-3)
     totals = []
     for _ in range(60):
+        model.begin_step()
         losses = model(*batch(), generator=seeded())
         optimizer.zero_grad()
         losses.total.backward()

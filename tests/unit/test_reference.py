@@ -94,6 +94,7 @@ def test_losses_gradients_and_weights_are_the_originals(run: tuple[Path, Path]) 
     trained = [parameter for parameter in med.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, **options)
     for number, step in enumerate(facts["steps"]):
+        med.begin_step()
         losses = med(
             tensors[f"step{number}.pixel_values"].double(),
             tensors[f"step{number}.input_ids"],

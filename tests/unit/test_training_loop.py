@@ -14,8 +14,9 @@ from stages.base import LocalContext
 from stages.errors import ConfigError, TrainingError
 from stages.finetune import CaptionerFinetune, CaptionerFinetuneConfig
 from stages.models.losses import MedLosses
-from stages.models.med import Gather, Med
+from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
+from stages.models.workers import Workers
 from stages.pretrain import PretrainConfig, PretrainLosses, PretrainStage
 from stages.schemas import TRAINING_LOG
 from stages.training.data import Batch, Pairs
@@ -50,8 +51,8 @@ class PoisonedLosses(PretrainLosses):
         super().__init__(med)
         self.step, self.factor = step, factor
 
-    def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
-        losses = super().forward(batch, alpha, gather)
+    def forward(self, batch: Batch, alpha: float, workers: Workers | None) -> MedLosses:
+        losses = super().forward(batch, alpha, workers)
         if batch.step < self.step:
             return losses
         return MedLosses(losses.itc * self.factor, losses.itm, losses.lm)
@@ -94,8 +95,8 @@ def test_a_loss_that_goes_wrong_stops_training(tmp_path: Path, factor: float, sa
 
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> None:
     class Exploding(PretrainLosses):
-        def forward(self, batch: Batch, alpha: float, gather: Gather | None) -> MedLosses:
-            losses = super().forward(batch, alpha, gather)
+        def forward(self, batch: Batch, alpha: float, workers: Workers | None) -> MedLosses:
+            losses = super().forward(batch, alpha, workers)
             if batch.step == 7:
                 losses.lm.register_hook(lambda grad: grad * float("inf"))
             return losses
