@@ -302,8 +302,9 @@ def _state(
     with torch.device("meta"):
         whole = Med(config).state_dict()
     parts = {part for kind in kinds.values() for part in kind.parts}
-    # A file of which the queues were taken out still is a MED to train on, from equal copies.
-    trained = "med" in kinds and all(name in tensors for name in _QUEUES)
+    # A file out of which copies or queues were taken still is a MED to train on, from equal copies.
+    copies = any(name.startswith("visual_encoder_m.") for name in tensors)
+    trained = "med" in kinds and copies and all(name in tensors for name in _QUEUES)
     parts |= set(TRAINING if trained else ()) - {_IMAGE_IDS}
     ours = [name for name in whole if name.startswith(tuple(parts)) and name not in TIED_IN_HEAD]
     if "temp" not in tensors:
