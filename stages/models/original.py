@@ -18,6 +18,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
@@ -40,6 +41,9 @@ from stages.models.checkpoints import (
 from stages.models.folders import check_tensors, one_line
 from stages.models.med import NO_IMAGE_ID, Med, MedConfig
 from stages.models.text import fitted_to, load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import BertTokenizer
 
 BERT = "bert-base-uncased"
 HEAD_WIDTH = 64
@@ -124,12 +128,7 @@ def import_checkpoint(
     tensors, source = _read(file), str(file)
     kinds, notes = _claimed(tensors, source)
     config = _config(tensors, source, kinds, vision_heads, text_heads)
-    words = load_tokenizer(tokenizer)
-    if len(words) != config.text.vocab_size:
-        raise CheckpointError(
-            f"{source}: the model has {config.text.vocab_size} tokens, tokenizer {tokenizer} "
-            f"{len(words)}; give --tokenizer, the one that it was trained with"
-        )
+    words = _words(tokenizer, config.text.vocab_size, source)
     config = config.model_copy(update={"text": fitted_to(config.text, words)})
     state = _state(tensors, source, config, kinds)
     if "med" in kinds and (apart := _apart(state)):
@@ -293,6 +292,16 @@ def _heads(tower: str, width: int, given: int | None) -> int:
             f"sizes, and no tensor tells its number of heads; give --{tower}-heads"
         )
     return width // HEAD_WIDTH if given is None else given
+
+
+def _words(tokenizer: str, size: int, source: str) -> BertTokenizer:
+    words = load_tokenizer(tokenizer)
+    if len(words) != size:
+        raise CheckpointError(
+            f"{source}: the model has {size} tokens, tokenizer {tokenizer} {len(words)}; "
+            "give --tokenizer, the one that it was trained with"
+        )
+    return words
 
 
 def _state(

@@ -108,14 +108,7 @@ def vision_start(source: str | Path, config: VisionConfig) -> dict[str, Tensor]:
     tensors = _tensors(folder, "embeddings.cls_token", ("", "vit.", "deit."))
     with torch.device("meta"):
         wanted = VisionTransformer(config).state_dict()
-    found = {}
-    for name in wanted:
-        # One matrix of ours is three of theirs.
-        found[name] = torch.cat(
-            [_taken(folder, tensors, _vit_name(name, part)) for part in ("query", "key", "value")]
-            if ".qkv." in name
-            else [_taken(folder, tensors, _vit_name(name))]
-        )
+    found = {name: _of_vit(folder, tensors, name) for name in wanted}
     positions = found[_POSITIONS]
     if "embeddings.distillation_token" in tensors:
         positions = torch.cat([positions[:, :1], positions[:, 2:]], dim=1)
@@ -242,11 +235,16 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _vit_name(name: str, part: str = "") -> str:
-    name = name.replace(".self_attn.qkv.", f".attention.attention.{part}.")
+def _of_vit(folder: ModelFolder, tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """`VisionTransformer`'s tensor ``name`` out of a ViT's."""
     for ours, theirs in _VIT_NAMES:
         name = name.replace(ours, theirs, 1)
-    return name
+    if ".self_attn.qkv." not in name:
+        return _taken(folder, tensors, name)
+    # One matrix of ours is three of theirs.
+    parts = (f".attention.attention.{part}." for part in ("query", "key", "value"))
+    names = [name.replace(".self_attn.qkv.", part) for part in parts]
+    return torch.cat([_taken(folder, tensors, part) for part in names])
 
 
 def _taken(folder: ModelFolder, tensors: Mapping[str, Tensor], name: str) -> Tensor:
