@@ -244,7 +244,7 @@ class CaptionerFinetune(_Finetune):
     """MED becomes a captioner (BLIP, section 5.2).
 
     Inputs: ``med``, a folder; ``train``, the human tars. Writes ``captioner/``, which
-    `BlipForConditionalGeneration` opens, ``log.parquet`` (TRAINING_LOG) and ``data.json``.
+    `BlipForConditionalGeneration` opens, `write_log`'s files.
 
     Raises:
         CheckpointError: the folder holds no MED.
@@ -274,7 +274,7 @@ class FilterFinetune(_Finetune):
     """MED becomes a filter, by ITC and ITM (BLIP, sections 4.2 and 5.1).
 
     Inputs: ``med``, a folder; ``train``, the human tars. Writes ``filter/``, which
-    `BlipForImageTextRetrieval` opens, ``log.parquet`` (TRAINING_LOG) and ``data.json``.
+    `BlipForImageTextRetrieval` opens, `write_log`'s files.
 
     Raises:
         CheckpointError: the folder holds no MED.

@@ -25,6 +25,7 @@ from stages.training.data import Batch, Pairs
 from stages.training.device import seeded
 from stages.training.loop import Losses, TrainingConfig, train
 from stages.training.schedule import Decay
+from stages.training.tensorboard import write_events
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -79,8 +80,9 @@ class PretrainStage(DatasetStage):
     ``init_text``, a folder each, in place of what the config names, where the caller has brought
     them to this machine.
 
-    Writes ``med/`` (`stages.models.checkpoints.save_med`), ``log.parquet`` (TRAINING_LOG) and
-    ``data.json``: how many pairs and images were trained on, how many were skipped and why.
+    Writes ``med/`` (`stages.models.checkpoints.save_med`), ``log.parquet`` (TRAINING_LOG),
+    ``tensorboard/`` (the same, as an event file) and ``data.json``: how many pairs and images were
+    trained on, how many were skipped and why.
 
     Raises:
         CheckpointError: an init is not the model that it should be, or there is no tokenizer.
@@ -127,8 +129,9 @@ class PretrainStage(DatasetStage):
 
 
 def write_log(output_dir: Path, log: pa.Table, pairs: Pairs) -> None:
-    """``log.parquet`` and ``data.json`` of a training stage."""
+    """``log.parquet``, ``tensorboard/`` and ``data.json`` of a training stage."""
     pq.write_table(log, output_dir / "log.parquet")
+    write_events(output_dir / "tensorboard", log)
     facts = {
         "pairs": len(pairs),
         "images": pairs.shards.images,

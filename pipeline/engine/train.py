@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 from ray.train import FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -22,8 +23,11 @@ from pipeline.engine.dataset import (
     translate,
 )
 from pipeline.store import Store
+from stages import errors
+from stages.errors import CapfiltError, StoreError, TrainingError, UserError
 
 _RESTARTS = 2
+_WHOLE = "all"
 
 
 class TrainContext(StageContext):
@@ -42,7 +46,7 @@ def run_training(
     """Train what has no record yet, in order, in one ``fit`` (starting one takes 15 to 20 s).
 
     A later task may read what an earlier one publishes. Workers that die are restarted; each
-    task goes on from its last checkpoint.
+    task goes on from its last checkpoint. An error that would only come again is not tried again.
 
     Raises:
         CapfiltError: what a stage itself raised.
@@ -51,6 +55,7 @@ def run_training(
     todo = [task for task in tasks if not store.exists(task.record)]
     if not todo:
         return
+    ray.get(board.forget.remote())
     with tempfile.TemporaryDirectory() as scratch:
         trainer = TorchTrainer(
             _worker,
@@ -72,20 +77,42 @@ def run_training(
             trainer.fit()
         except Exception as error:
             raise translate(error, "training") from error
+        final = _final_error(todo, board)
+        if final is not None:
+            raise final
 
 
 def _worker(config: dict[str, Any]) -> None:
     store: Store = config["store"]
+    if _final_error(config["tasks"], config["board"]) is not None:
+        return  # restarted by Ray, which cannot tell one error from another
     for task in config["tasks"]:
         started = time.time()
         ctx = TrainContext(task, store, config["board"])
         with tempfile.TemporaryDirectory() as output:
             # Every rank resolves its inputs here, after the task before has published.
-            task.stage.run(open_inputs(task, store), Path(output), ctx)
+            try:
+                task.stage.run(open_inputs(task, store), Path(output), ctx)
+            except (TrainingError, UserError) as error:
+                if not isinstance(error, StoreError):
+                    told = type(error).__name__, str(error)
+                    ray.get(config["board"].error.remote(task.name, _WHOLE, *told))
+                raise
             if ctx.rank == 0:
                 publish_folder(task, store, Path(output), started)
                 Checkpoints(store, f"{task.name}-{task.fingerprint}").remove()
         _wait_for_all()
+
+
+def _final_error(tasks: Sequence[DatasetTask], board: Any) -> CapfiltError | None:
+    """What a worker has told of a task that it is no use to start again."""
+    found = ray.get(board.read.remote()).errors
+    for task in tasks:
+        if (task.name, _WHOLE) in found:
+            kind, message = found[task.name, _WHOLE]
+            made: CapfiltError = getattr(errors, kind)(message)
+            return made
+    return None
 
 
 def _wait_for_all() -> None:

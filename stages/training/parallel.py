@@ -145,8 +145,8 @@ def whole_state(module: nn.Module, strategy: Alone, keep: bool) -> dict[str, Ten
     made: dict[int, Tensor | None] = {}
     for value in tensors.values():
         if id(value) not in made:
-            whole = strategy.whole(value.detach())
-            made[id(value)] = whole if keep else None
+            made_whole = strategy.whole(value.detach())
+            made[id(value)] = made_whole if keep else None
     return {
         name: whole for name, value in tensors.items() if (whole := made[id(value)]) is not None
     }

@@ -1,6 +1,7 @@
 """The loop itself: what it logs, when it stops, and two workers that act as one."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ import torch.multiprocessing
 
 from stages.base import LocalContext
 from stages.errors import ConfigError, TrainingError
-from stages.finetune import CaptionerFinetune, CaptionerFinetuneConfig
+from stages.finetune import CaptionerFinetune, CaptionerFinetuneConfig, CaptionerLosses
 from stages.models.losses import MedLosses
 from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
 from stages.models.workers import Workers
 from stages.pretrain import PretrainConfig, PretrainLosses, PretrainStage
 from stages.schemas import TRAINING_LOG
-from stages.training.data import Batch, Pairs
+from stages.training.data import Batch, Images, Loader, Pairs
 from stages.training.loop import CHECKPOINT, Losses, TrainingConfig, train
-from tests.toy_pairs import SIZE, toy_med, toy_tar, toy_tokenizer
+from tests.toy_pairs import SIZE, DyingContext, Killed, toy_med, toy_tar, toy_tokenizer
 
 CONFIG = TrainingConfig(
     batch_size=6,
@@ -116,6 +117,92 @@ def test_clipping_and_bf16_run(tmp_path: Path) -> None:
     log = train("pretrain", ("lm",), PretrainLosses(med), pairs, config, LocalContext())
     assert log["loss"].to_pylist()[-1] < log["loss"].to_pylist()[0]
     assert med.vision_proj.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_computing_layers_again_changes_no_bit(tmp_path: Path, precision: str) -> None:
+    found = []
+    for again in (False, True):
+        pairs, med, config = set_up(
+            tmp_path, gradient_checkpointing=again, precision=precision, seed=4
+        )
+        for part in med.modules():
+            if hasattr(part, "dropout"):
+                part.dropout = 0.1
+        train("pretrain", (), PretrainLosses(med), pairs, config, LocalContext())
+        found.append(med.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_computing_layers_again_keeps_less(tmp_path: Path) -> None:
+    def kept(again: bool) -> int:
+        pairs, med, _ = set_up(tmp_path)
+        for stack in (med.vision_model, med.text_encoder, med.text_decoder.bert):
+            stack.checkpointing = again
+        sizes: list[int] = []
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        batch = Loader(pairs, Images(pairs.shards, SIZE, "none", 0), batch_size=6, seed=0).batch(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            PretrainLosses(med)(batch, 0.4, None)
+        return sum(sizes)
+
+    assert kept(again=True) < 0.7 * kept(again=False)
+
+
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler"
+)
+def test_compiled_layers_train_the_same_model(tmp_path: Path) -> None:
+    logs = []
+    for compiled in (False, True):
+        pairs, med, config = set_up(tmp_path, compile=compiled, steps=3, log_every=1)
+        losses = CaptionerLosses(med, prompt_length=1)
+        logs.append(train("captioner", ("lm",), losses, pairs, config, LocalContext()))
+        assert list(med.state_dict()) == list(set_up(tmp_path)[1].state_dict())
+    torch._dynamo.reset()
+    assert logs[0]["loss"].to_pylist() == pytest.approx(logs[1]["loss"].to_pylist(), rel=1e-4)
+
+
+def test_a_step_in_several_batches(tmp_path: Path) -> None:
+    """LM alone is a mean over pairs, all texts being as long: cut or whole, it is the same."""
+    logs, weights = [], []
+    for parts in (1, 3):
+        pairs, med, config = set_up(tmp_path, accumulate=parts, steps=4, log_every=1)
+        losses = CaptionerLosses(med.double(), prompt_length=1)
+        logs.append(train("captioner", ("lm",), losses, pairs, config, LocalContext()))
+        weights.append(med.state_dict())
+    for name in ("step", "loss", "loss_lm", "lr"):
+        assert logs[0][name].to_pylist() == pytest.approx(logs[1][name].to_pylist(), rel=1e-6)
+    assert all(torch.allclose(weights[0][n], weights[1][n], atol=1e-9) for n in weights[0])
+
+
+def test_a_step_in_several_batches_moves_momentum_once_and_queues_all(tmp_path: Path) -> None:
+    pairs, med, config = set_up(tmp_path, accumulate=3, steps=1, lr=1e-9)
+    with torch.no_grad():
+        med.text_proj_m.weight.zero_()
+    online = med.text_proj.weight.detach().clone()
+    train("pretrain", (), PretrainLosses(med), pairs, config, LocalContext())
+    torch.testing.assert_close(med.text_proj_m.weight, online * 0.005)
+    assert med.queue_ptr.item() == 6
+
+
+def test_a_killed_run_of_several_batches_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    found = []
+    for at in (None, 7):
+        pairs, med, config = set_up(tmp_path, accumulate=2, log_every=1)
+        if at is not None:
+            with pytest.raises(Killed):
+                dying = DyingContext(tmp_path / "checkpoints", at)
+                train("pretrain", (), PretrainLosses(med), pairs, config, dying)
+            pairs, med, config = set_up(tmp_path, accumulate=2, log_every=1)
+        ctx = LocalContext(tmp_path / "checkpoints") if at else LocalContext()
+        train("pretrain", (), PretrainLosses(med), pairs, config, ctx)
+        found.append(med.state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
 def test_losses_that_are_not_defined_are_a_bug(tmp_path: Path) -> None:

@@ -1,0 +1,62 @@
+"""Training tasks on a real Ray Train: what is started again, and what is not."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from pipeline.config import EngineConfig
+from pipeline.dag import DatasetTask
+from pipeline.engine.cluster import connected
+from pipeline.engine.train import run_training
+from pipeline.store import Store
+from stages.base import Context, DatasetStage
+from stages.errors import TrainingError
+
+CONFIG = EngineConfig(cpus=2)
+
+
+class Doomed(DatasetStage):
+    """Leaves a mark for every start, then does what it is told."""
+
+    name, version = "pretrain", 1
+
+    def __init__(self, marks: Path, fate: str) -> None:
+        self.marks, self.fate = marks, fate
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        first = not list(self.marks.iterdir())
+        (self.marks / str(time.time_ns())).touch()
+        if self.fate == "diverges":
+            raise TrainingError("pretrain: step 3 of 9: the loss is nan")
+        if first:
+            os._exit(7)
+        (output_dir / "done").write_text("done")
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory):
+    with connected(CONFIG, tmp_path_factory.mktemp("log") / "ray.log") as board:
+        yield board
+
+
+def task_of(tmp_path: Path, fate: str) -> DatasetTask:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    return DatasetTask(Doomed(marks, fate), 0, "0" * 16, "round=00/models", {})
+
+
+def test_an_error_that_would_come_again_is_told_once(tmp_path: Path, board) -> None:
+    task = task_of(tmp_path, "diverges")
+    with pytest.raises(TrainingError, match="step 3 of 9: the loss is nan"):
+        run_training(Store(str(tmp_path / "run")), [task], CONFIG, board)
+    assert len(list((tmp_path / "marks").iterdir())) == 1
+
+
+def test_a_worker_that_dies_is_started_again(tmp_path: Path, board) -> None:
+    task, store = task_of(tmp_path, "dies"), Store(str(tmp_path / "run"))
+    run_training(store, [task], CONFIG, board)
+    assert len(list((tmp_path / "marks").iterdir())) == 2
+    assert store.exists(task.record)
