@@ -14,6 +14,7 @@ not enter the result. Attention is torch's `scaled_dot_product_attention`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -47,8 +48,22 @@ __all__ = [
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, each (batch, heads, positions, head width)."""
 
-Cache = list[list[Tensor]]
-"""Per layer ``[]`` or ``[K, V]`` of the self-attention over all earlier positions."""
+
+@dataclass
+class Cache:
+    """Self-attention's keys and values of all earlier positions, in buffers that stay in place."""
+
+    layers: list[KeyValue]
+    """Each (rows, heads, capacity, head width); a call may use fewer rows, the first ones."""
+    length: int = 0
+    """Positions that are filled."""
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i goes on from what row ``rows[i]`` has seen; (M,) int64, M rows at most."""
+        for pair in self.layers:
+            for kept in pair:
+                seen = kept[:, :, : self.length]
+                seen[: len(rows)] = seen[rows]
 
 
 class TextConfig(Config):
@@ -176,14 +191,15 @@ class _TextLayer(nn.Module):
         states: Tensor,
         mask: Tensor | None,
         causal: bool,
-        past: list[Tensor] | None,
+        past: tuple[KeyValue, int] | None,
         first_only: bool,
     ) -> Tensor:
         key, value = self.attention.key_value(states)
         if past is not None:
-            if past:
-                key, value = torch.cat([past[0], key], 2), torch.cat([past[1], value], 2)
-            past[:] = [key, value]
+            (keys, values), start = past
+            count, end = key.shape[0], start + key.shape[2]
+            keys[:count, :, start:end], values[:count, :, start:end] = key, value
+            key, value = keys[:count, :, :end], values[:count, :, :end]
         queries = states[:, :1] if first_only else states
         return cast(Tensor, self.attention(queries, (key, value), mask, causal))
 
@@ -192,7 +208,7 @@ class _TextLayer(nn.Module):
         states: Tensor,
         mask: Tensor | None,
         causal: bool,
-        past: list[Tensor] | None,
+        past: tuple[KeyValue, int] | None,
         first_only: bool,
         rows: Tensor | None,
         image_kv: KeyValue | None,
@@ -235,9 +251,12 @@ class TextStack(nn.Module):
         """
         return [layer.crossattention.key_value(image_tokens) for layer in self.layers]
 
-    def new_cache(self) -> Cache:
-        """An empty cache for step-wise decoding; `forward` fills and extends it in place."""
-        return [[] for _ in self.layers]
+    def new_cache(self, rows: int, capacity: int) -> Cache:
+        """An empty cache for step-wise decoding of up to ``capacity`` positions, which `forward`
+        fills in place."""
+        like, config = self.embeddings.position_embeddings.weight, self.config
+        shape = rows, config.heads, capacity, config.width // config.heads
+        return Cache([(like.new_zeros(shape), like.new_zeros(shape)) for _ in self.layers])
 
     def forward(
         self,
@@ -263,7 +282,7 @@ class TextStack(nn.Module):
         - ``first_only``: only position 0 of the result, (N, 1, D). Not with ``causal``.
         """
         assert not (causal and first_only)
-        past = cache[0][0].shape[2] if cache is not None and cache[0] else 0
+        past = cache.length if cache is not None else 0
         mask = _attention_mask(input_ids.shape[1], attention_mask, causal, past)
         # SDPA builds the plain causal mask itself, faster than it reads one.
         flag = causal and mask is None and input_ids.shape[1] > 1
@@ -277,13 +296,15 @@ class TextStack(nn.Module):
                 states,
                 mask,
                 flag,
-                cache[index] if cache is not None else None,
+                (cache.layers[index], past) if cache is not None else None,
                 first_only and index == last,
                 rows if first else None,
                 image_kv[index] if image_kv is not None else None,
             )
             if rows is not None and first and mask is not None and mask.shape[0] > 1:
                 mask = mask.index_select(0, rows)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
         return cast(Tensor, states)
 
     @property

@@ -25,7 +25,9 @@ from torch import Tensor
 
 from stages.base import Config
 from stages.errors import ConfigError
+from stages.models.base import InferenceModel
 from stages.models.blocks import KeyValue, LMHead, TextConfig, TextStack, VisionTransformer
+from stages.models.decoding import Decoding, GraphedDecoding, compacted
 from stages.models.folders import ModelFolder
 from stages.models.sampling import Beams, Rules, Samples, uniforms
 from stages.models.text import fitted_to
@@ -69,7 +71,7 @@ class GenerationConfig(Config):
         return self.repetition_penalty
 
 
-class Captioner:
+class Captioner(InferenceModel):
     """An image captioner over a `BlipForConditionalGeneration` folder or hub id.
 
     With equal ``batch_size``, device and thread count the same images give the same captions, in
@@ -85,44 +87,50 @@ class Captioner:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 16,
+        int8: bool = False,
     ) -> None:
+        super().__init__(device, dtype, batch_size, int8)
         folder = ModelFolder.open(model)
         needed = "a BLIP captioner (BlipForConditionalGeneration)"
         folder.require("blip", ("vision_model.", "text_decoder."), needed)
         vision, text, _ = folder.blip()
         self.tokenizer = folder.tokenizer()
         self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
-        self.batch_size, self.device, self.dtype = batch_size, torch.device(device), dtype
         text = fitted_to(text, self.tokenizer)
         decoder = folder.part(lambda: TextStack(text), "text_decoder.bert.", ignored=("pooler.",))
         head = _head(folder, text, decoder)
-        self.vision = folder.part(lambda: VisionTransformer(vision), "vision_model.")
-        self.vision = self.vision.to(self.device, dtype)
-        self.decoder, self.head = decoder.to(self.device, dtype), head.to(self.device, dtype)
+        self.vision = self.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
+        self.decoder, self.head = self.place(decoder), self.place(head)
+        self.graphed = self.device.type == "cuda"
+        self._graphs: GraphedDecoding | None = None
 
     def __call__(
         self,
-        images: Sequence[Image.Image],
+        images: Sequence[Image.Image] | Tensor,
         keys: Sequence[bytes] | None = None,
         config: GenerationConfig | None = None,
     ) -> list[list[str]]:
         """``captions_per_image`` texts for each image, in order, the prompt taken off.
 
-        ``images``: RGB, any size. ``keys``: what each image's noise hangs on, its file's sha256;
-        None = the sha256 of its pixels. Beam search gives its best captions, best first. Raises
-        `ConfigError` where ``config`` does not fit the model.
+        ``images``: RGB, any size; or what `preprocessing` makes of them. ``keys``: what each
+        image's noise hangs on, its file's sha256; None = the sha256 of its pixels. Beam search
+        gives its best captions, best first. Raises `ConfigError` where ``config`` does not fit
+        the model.
         """
         config = config or GenerationConfig()
         prompt = self.prompt_ids(config)
         if keys is None:
+            assert not isinstance(images, Tensor)
             keys = [hashlib.sha256(image.tobytes()).digest() for image in images]
-        assert len(keys) == len(images)
-        captions: list[list[str]] = []
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            ids = self.generate(self.preprocessing(images[part]), keys[part], config)
-            captions += [[self._text(row, len(prompt)) for row in rows] for rows in ids.tolist()]
-        return captions
+        own = keys
+        assert len(own) == len(images)
+
+        def run(part: slice) -> list[list[list[int]]]:
+            ids = self.generate(self.preprocessing(images[part]), own[part], config)
+            return cast(list[list[list[int]]], ids.tolist())
+
+        batches = self.batches(len(images), run)
+        return [[self._text(row, len(prompt)) for row in rows] for ids in batches for rows in ids]
 
     caption = __call__
 
@@ -149,9 +157,8 @@ class Captioner:
         ``pixels``: (B, 3, S, S) float32, one batch.
         """
         tokens = self.vision(pixels.to(self.device, self.dtype))
-        image_kv = self.decoder.cross_kv(tokens)
         search = self._search(keys, config)
-        decoding = _Decoding(self.decoder, self.head, image_kv, search.ids.shape[1])
+        decoding = self._decoding(self.decoder.cross_kv(tokens), *search.ids.shape[1:])
         order = torch.arange(len(pixels))
         result = torch.empty(search.ids.shape, dtype=torch.int64)
         logits = decoding.start(search.ids[0, 0, : search.length])
@@ -164,11 +171,27 @@ class Captioner:
             if source is not None:
                 decoding.reorder(source)
             if not going.all():
-                kept = _compacted(going)
+                kept = compacted(going)
                 search.keep(kept.to(self.device))
                 decoding.keep(kept.to(self.device))
                 order = order[kept]
             logits = decoding.step(search.last)
+
+    def _decoding(self, image_kv: list[KeyValue], width: int, capacity: int) -> Decoding:
+        if not self.graphed:
+            return Decoding(self.decoder, self.head, image_kv, width, capacity)
+        graphs, images = self._graphs, len(image_kv[0][0])
+        shape = width, capacity
+        if graphs is None or (graphs.width, graphs.capacity) != shape or graphs.slots < images:
+            self._graphs = None  # its buffers must go before the new ones come
+            slots = max(images, self.batch_size)
+            graphs = self._graphs = GraphedDecoding(self.decoder, self.head, slots, *shape)
+        graphs.begin(image_kv)
+        return graphs
+
+    def release(self) -> None:
+        self._graphs = None
+        super().release()
 
     def _search(self, keys: Sequence[bytes], config: GenerationConfig) -> Samples | Beams:
         text = self.decoder.config
@@ -209,59 +232,3 @@ def _head(folder: ModelFolder, text: TextConfig, decoder: TextStack) -> LMHead:
         if name not in stored and other in stored:
             tied[name] = stored[other]
     return folder.part(lambda: LMHead(text, words), prefix, tied=tied)
-
-
-class _Decoding:
-    """The decoder's state: ``width`` consecutive rows for each image."""
-
-    def __init__(
-        self, decoder: TextStack, head: LMHead, image_kv: list[KeyValue], width: int
-    ) -> None:
-        self.decoder, self.head, self.width = decoder, head, width
-        self.image_kv = image_kv
-        self.cache = decoder.new_cache()
-
-    def start(self, prompt: Tensor) -> Tensor:
-        """Logits (images x width, V) float32 behind the prompt, computed once for each image."""
-        images = self.image_kv[0][0].shape[0]
-        rows = torch.arange(images, device=prompt.device).repeat_interleave(self.width)
-        logits = self._logits(prompt.expand(images, -1))
-        self.reorder(rows)
-        return logits[rows]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits (images x width, V) float32 behind one more token for each row."""
-        return self._logits(tokens[:, None])
-
-    def _logits(self, ids: Tensor) -> Tensor:
-        states = self.decoder(ids, causal=True, image_kv=self.image_kv, cache=self.cache)
-        return cast(Tensor, self.head(states[:, -1])).float()
-
-    def reorder(self, rows: Tensor) -> None:
-        """Row i goes on from what row ``rows[i]`` has seen."""
-        for entry in self.cache:
-            entry[:] = [tensor[rows] for tensor in entry]
-
-    def keep(self, images: Tensor) -> None:
-        """Go on with ``images`` alone, an order from `_compacted`.
-
-        Only the images that move are copied: cross-attention keys and values are large.
-        """
-        slots = torch.arange(len(images), device=images.device)
-        moved = images != slots
-        holes, movers = slots[moved], images[moved]
-        for index, pair in enumerate(self.image_kv):
-            for tensor in pair:
-                tensor[holes] = tensor[movers]
-            self.image_kv[index] = (pair[0][: len(images)], pair[1][: len(images)])
-        columns = torch.arange(self.width, device=images.device)
-        self.reorder((images[:, None] * self.width + columns).flatten())
-
-
-def _compacted(going: Tensor) -> Tensor:
-    """Indices of the true elements; those within the new length stay where they are."""
-    order = torch.arange(int(going.sum()))
-    holes = (~going[: len(order)]).nonzero()[:, 0]
-    movers = going[len(order) :].nonzero()[:, 0] + len(order)
-    order[holes] = movers
-    return order

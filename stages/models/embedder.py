@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from stages.errors import CheckpointError
+from stages.models.base import InferenceModel
 from stages.models.blocks import TextStack, VisionTransformer
 from stages.models.folders import ModelFolder, one_line
 from stages.models.images import Preprocessing
@@ -34,7 +35,7 @@ _NEEDED = "a CLIP model (CLIPModel) or a BLIP model with a contrastive head (vis
 _MED_TEXT_TOKENS = 35  # as the matcher reads texts
 
 
-class Embedder:
+class Embedder(InferenceModel):
     """An embedder of images and texts over a CLIP folder, a BLIP folder, or a hub id of either.
 
     ``config.json``'s model_type decides which. ``batch_size`` counts images; texts go four times
@@ -47,9 +48,11 @@ class Embedder:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 32,
+        int8: bool = False,
     ) -> None:
+        super().__init__(device, dtype, batch_size, int8)
         folder = ModelFolder.open(model)
-        kinds: dict[str, Callable[[ModelFolder, torch.device, torch.dtype], _Towers]] = {
+        kinds: dict[str, Callable[[ModelFolder, InferenceModel], _Towers]] = {
             "clip": _Clip,
             "blip": _Med,
         }
@@ -58,8 +61,7 @@ class Embedder:
                 f"{model}: found model_type '{folder.kind}', need {_NEEDED}; "
                 "give its folder or hub id"
             )
-        self.batch_size, self.device, self.dtype = batch_size, torch.device(device), dtype
-        self.towers = kinds[folder.kind](folder, self.device, dtype)
+        self.towers = kinds[folder.kind](folder, self)
         self.preprocessing = self.towers.preprocessing
 
     @property
@@ -67,8 +69,9 @@ class Embedder:
         """Length of a vector."""
         return self.towers.dim
 
-    def embed_images(self, images: Sequence[Image.Image]) -> npt.NDArray[np.float16]:
-        """(N, D) float16 vectors of length 1 from RGB images of any size."""
+    def embed_images(self, images: Sequence[Image.Image] | Tensor) -> npt.NDArray[np.float16]:
+        """(N, D) float16 vectors of length 1 from RGB images of any size, or from what
+        `preprocessing` makes of them."""
         return self.image_features(images).numpy().astype(np.float16)
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float16]:
@@ -79,14 +82,14 @@ class Embedder:
         return self.text_features(texts).numpy().astype(np.float16)
 
     @torch.inference_mode()
-    def image_features(self, images: Sequence[Image.Image]) -> Tensor:
+    def image_features(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """`embed_images` before rounding: (N, D) float32 on the CPU."""
-        features = [torch.empty(0, self.dim)]
-        for start in range(0, len(images), self.batch_size):
-            pixels = self.preprocessing(images[start : start + self.batch_size])
-            states = self.towers.images(pixels.to(self.device, self.dtype))
-            features.append(unit(states).cpu())
-        return torch.cat(features)
+
+        def run(part: slice) -> Tensor:
+            pixels = self.preprocessing(images[part])
+            return unit(self.towers.images(pixels.to(self.device, self.dtype))).cpu()
+
+        return torch.cat([torch.empty(0, self.dim), *self.batches(len(images), run)])
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
@@ -108,7 +111,7 @@ class _Towers(Protocol):
 class _Clip:
     """transformers' CLIPModel, its attention being torch's SDPA."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: ModelFolder, runs: InferenceModel) -> None:
         from transformers import CLIPConfig, CLIPModel
 
         folder.require("clip", ("vision_model.", "visual_projection."), _NEEDED)
@@ -119,11 +122,12 @@ class _Clip:
                 model = CLIPModel(config)  # attention is SDPA by default
         except (ValueError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{folder.source}: config.json: {one_line(error)}") from error
-        self.folder, self.device, self.dim = folder, device, int(cast(Any, config).projection_dim)
+        self.folder, self.device = folder, runs.device
+        self.dim = int(cast(Any, config).projection_dim)
         vision, self.text_config = cast(Any, config.vision_config), cast(Any, config.text_config)
         self.preprocessing = folder.preprocessing(vision.image_size, crop=True)
         filled = cast(torch.nn.Module, folder.fill(model, ""))
-        self.model = cast("CLIPModel", filled.to(device, dtype))
+        self.model = cast("CLIPModel", runs.place(filled))
 
     def images(self, pixels: Tensor) -> Tensor:
         pooled = self.model.vision_model(pixel_values=pixels).pooler_output
@@ -167,14 +171,13 @@ class _Clip:
 class _Med:
     """BLIP's vision tower and text encoder, each with its projection (BLIP, section 3.2, ITC)."""
 
-    def __init__(self, folder: ModelFolder, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, folder: ModelFolder, runs: InferenceModel) -> None:
         folder.require("blip", ("vision_model.", "vision_proj."), _NEEDED)
         vision = folder.blip()[0]
-        self.folder, self.device, self.dtype = folder, device, dtype
+        self.folder, self.runs = folder, runs
         self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
-        self.vision = folder.part(lambda: VisionTransformer(vision), "vision_model.")
-        self.vision = self.vision.to(device, dtype)
-        self.vision_proj = folder.linear("vision_proj.").to(device, dtype)
+        self.vision = runs.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
+        self.vision_proj = folder.linear("vision_proj.").to(runs.device, runs.dtype)
         self.dim = self.vision_proj.out_features
 
     def images(self, pixels: Tensor) -> Tensor:
@@ -184,7 +187,8 @@ class _Med:
         cleaned = [clean_caption(text) for text in texts]
         most = min(_MED_TEXT_TOKENS, self._encoder.config.max_positions)
         ids, mask = trimmed(*encode_texts(self._tokenizer, cleaned, most))
-        first = self._encoder(ids.to(self.device), mask.to(self.device), first_only=True)
+        device = self.runs.device
+        first = self._encoder(ids.to(device), mask.to(device), first_only=True)
         return cast(Tensor, self._text_proj(first[:, 0]))
 
     # Only those who embed texts pay for the text encoder.
@@ -197,8 +201,8 @@ class _Med:
     def _encoder(self) -> TextStack:
         text = fitted_to(self.folder.blip()[1], self._tokenizer)
         encoder = self.folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
-        return encoder.to(self.device, self.dtype)
+        return self.runs.place(encoder)
 
     @cached_property
     def _text_proj(self) -> torch.nn.Linear:
-        return self.folder.linear("text_proj.").to(self.device, self.dtype)
+        return self.folder.linear("text_proj.").to(self.runs.device, self.runs.dtype)

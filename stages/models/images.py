@@ -39,9 +39,11 @@ class DecodeError(ValueError):
     """These bytes are not an image that we read; ``str(error)`` is one line."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """One upright RGB image, a function of the bytes alone.
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, cover: int | None = None) -> Image.Image:
+    """One upright RGB image, a function of the bytes and of ``cover``.
 
+    - A JPEG is decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) whose edges both
+      have ``cover`` pixels; None = whole.
     - EXIF orientation is applied, and ignored where the EXIF block is broken.
     - Animated files give their first frame.
     - Transparency is composited on white; palettes and CMYK are converted by Pillow; colour
@@ -55,6 +57,8 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, max_pixels)
+            if cover is not None:
+                image.draft(None, (cover, cover))
             return _decoded(image, max_pixels)
     except DecodeError:
         raise
@@ -150,8 +154,15 @@ class Preprocessing(Config):
             std=tuple(processor.get("image_std") or CLIP_STD),
         )
 
-    def __call__(self, images: Sequence[Image.Image]) -> Tensor:
-        """(B, 3, size, size) float32."""
+    @property
+    def covered(self) -> int:
+        """The least edge that a decoded image needs, in pixels; see `decode`."""
+        return self.size if self.shortest_edge is None else self.shortest_edge
+
+    def __call__(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
+        """(B, 3, size, size) float32; a tensor is taken to be such, and returned."""
+        if isinstance(images, Tensor):
+            return images
         edge = self.size, self.mean, self.std
         return preprocess(images, *edge, shortest_edge=self.shortest_edge, resample=self.resample)
 

@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from stages.errors import ConfigError
+from stages.models.base import InferenceModel
 from stages.models.blocks import TextStack, VisionTransformer
 from stages.models.folders import ModelFolder
 from stages.models.text import clean_caption, encode_texts, fitted_to
@@ -56,7 +57,7 @@ class Texts:
         return len(self.features)
 
 
-class Matcher:
+class Matcher(InferenceModel):
     """An image-text matcher over a `BlipForImageTextRetrieval` folder or hub id.
 
     ``max_tokens`` counts [CLS] and [SEP]; longer texts are cut (35: models/blip_retrieval.py).
@@ -70,7 +71,9 @@ class Matcher:
         dtype: torch.dtype = torch.float32,
         batch_size: int = 16,
         max_tokens: int = 35,
+        int8: bool = False,
     ) -> None:
+        super().__init__(device, dtype, batch_size, int8)
         folder = ModelFolder.open(model)
         parts = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
         folder.require("blip", parts, "a BLIP matcher (BlipForImageTextRetrieval)")
@@ -82,37 +85,35 @@ class Matcher:
             )
         self.tokenizer = folder.tokenizer()
         self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
-        self.batch_size, self.max_tokens = batch_size, max_tokens
-        self.device, self.dtype = torch.device(device), dtype
+        self.max_tokens = max_tokens
         text = fitted_to(text, self.tokenizer)
         encoder = folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
-        self.vision = folder.part(lambda: VisionTransformer(vision), "vision_model.")
-        self.vision, self.encoder = self.vision.to(self.device, dtype), encoder.to(device, dtype)
+        self.vision = self.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
+        self.encoder = self.place(encoder)
         self.vision_proj = folder.linear("vision_proj.").to(self.device, dtype)
         self.text_proj = folder.linear("text_proj.").to(self.device, dtype)
         self.itm_head = folder.linear("itm_head.").to(self.device, dtype)
 
     @torch.inference_mode()
     def match(
-        self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]
+        self, images: Sequence[Image.Image] | Tensor, texts: Sequence[Sequence[str]]
     ) -> list[list[tuple[float, float]]]:
         """(ITM probability, ITC cosine) of each text with its image, in order.
 
-        ``images``: RGB, any size. ``texts``: for each image any number of texts, none included;
-        they are cleaned here, as BLIP's training texts are. The probability is softmax(ITM)[match]
-        in [0, 1], CapFilt's score; the cosine lies in [-1, 1].
+        ``images``: RGB, any size; or what `preprocessing` makes of them. ``texts``: for each image
+        any number of texts, none included; they are cleaned here, as BLIP's training texts are.
+        The probability is softmax(ITM)[match] in [0, 1], CapFilt's score; the cosine lies in
+        [-1, 1].
         """
         assert len(images) == len(texts)
-        scores: list[list[tuple[float, float]]] = []
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            scores += self._match_batch(images[part], texts[part])
-        return scores
+        run = self._match_batch
+        batches = self.batches(len(images), lambda part: run(images[part], texts[part]))
+        return [scores for batch in batches for scores in batch]
 
     __call__ = match
 
     def _match_batch(
-        self, images: Sequence[Image.Image], texts: Sequence[Sequence[str]]
+        self, images: Sequence[Image.Image] | Tensor, texts: Sequence[Sequence[str]]
     ) -> list[list[tuple[float, float]]]:
         owners = [image for image, own in enumerate(texts) for _ in own]
         if not owners:
@@ -129,13 +130,14 @@ class Matcher:
         return [[next(pairs) for _ in own] for own in texts]
 
     @torch.inference_mode()
-    def encode_images(self, images: Sequence[Image.Image]) -> Images:
+    def encode_images(self, images: Sequence[Image.Image] | Tensor) -> Images:
         """Image tokens and contrastive features, ``batch_size`` images at a time; at least one."""
-        tokens: list[Tensor] = []
-        for start in range(0, len(images), self.batch_size):
-            pixels = self.preprocessing(images[start : start + self.batch_size])
-            tokens.append(self.vision(pixels.to(self.device, self.dtype)))
-        whole = torch.cat(tokens)
+
+        def run(part: slice) -> Tensor:
+            pixels = self.preprocessing(images[part])
+            return cast(Tensor, self.vision(pixels.to(self.device, self.dtype)))
+
+        whole = torch.cat(list(self.batches(len(images), run)))
         return Images(whole, unit(self.vision_proj(whole[:, 0])))
 
     @torch.inference_mode()

@@ -109,13 +109,9 @@ class _VisionAttention(nn.Module):
         self.projection = nn.Linear(config.width, config.width)
 
     def forward(self, states: Tensor, first_only: bool) -> Tensor:
+        query, key, value = self.qkv(states).chunk(3, dim=-1)
         if first_only:
-            weights, biases = self.qkv.weight, self.qkv.bias
-            width = states.shape[-1]
-            query = F.linear(states[:, :1], weights[:width], biases[:width])
-            key, value = F.linear(states, weights[width:], biases[width:]).chunk(2, dim=-1)
-        else:
-            query, key, value = self.qkv(states).chunk(3, dim=-1)
+            query = query[:, :1]
         mixed = F.scaled_dot_product_attention(
             split_heads(query, self.heads),
             split_heads(key, self.heads),

@@ -11,7 +11,8 @@ from transformers import BlipForConditionalGeneration
 from transformers.generation import logits_process as theirs
 
 from stages.errors import CheckpointError, ConfigError
-from stages.models.captioner import Captioner, GenerationConfig, _compacted, _Decoding
+from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.decoding import Decoding, compacted
 from stages.models.images import preprocess
 from stages.models.sampling import Rules, draw, nucleus, uniforms
 from tests import tiny_models
@@ -116,8 +117,12 @@ def test_nucleus_draws_from_transformers_distributions(
     ids = captioner.generate(pixels, keys, config).flatten(0, 1)
     noise = torch.from_numpy(uniforms(5, keys, 2, 20)).flatten(0, 1)
     tokens = model.vision_model(pixels).last_hidden_state.repeat_interleave(2, dim=0)
-    decoding = _Decoding(
-        captioner.decoder, captioner.head, captioner.decoder.cross_kv(captioner.vision(pixels)), 2
+    decoding = Decoding(
+        captioner.decoder,
+        captioner.head,
+        captioner.decoder.cross_kv(captioner.vision(pixels)),
+        2,
+        20,
     )
     logits = decoding.start(ids[0, :4])
     going = torch.ones(24, dtype=torch.bool)
@@ -195,8 +200,8 @@ def test_odd_sizes_are_captioned(captioner: Captioner) -> None:
 
 def test_compaction_moves_only_what_must() -> None:
     going = torch.tensor([True, False, True, False, True, True])
-    assert _compacted(going).tolist() == [0, 4, 2, 5]
-    assert _compacted(torch.tensor([False, False])).tolist() == []
+    assert compacted(going).tolist() == [0, 4, 2, 5]
+    assert compacted(torch.tensor([False, False])).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,314 @@
+"""Captioning and filtering: images a second, memory, and how far the hardware's limit is.
+
+    python -m tests.bench.capfilt [--device cuda] [--dtype bfloat16] [--images N] [--batch N ...]
+                                  [--threads N] [--quick] [--json FILE]
+
+One run, the same random BLIP-base weights (384 px, 20 new tokens, one caption by nucleus sampling,
+two texts scored by ITM and ITC) for
+
+- ours, and on a CPU ours with int8 linear layers;
+- transformers one image at a time, as tutorials do it: `generate` of one image, the matching model
+  called once for each text;
+- transformers batched, in the same dtype, the best of ``--batch``: `generate` with its cache, and
+  one call of the matching model for all pairs of a batch. It gives the ITM score only, which costs
+  it less than what ours gives;
+- data-juicer's operators, where ``py-data-juicer`` is installed.
+
+Each runs alone in a process of its own, which begins with a batch that is not timed. Pictures are
+decoded already; resizing them is timed. The floor is `tests.bench.floor`'s. With ``--exact`` the
+script checks instead that decoding steps as CUDA graphs give the tokens of eager ones, and counts
+the captions that another batch size changes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+import multiprocessing
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import (
+    AutoProcessor,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+)
+
+from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.matcher import Matcher
+from tests.bench import blip, floor
+
+NEW_TOKENS = 20
+Images = Sequence[Image.Image]
+Run = Callable[[Images], object]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What every contender is given."""
+
+    folder: Path
+    device: str
+    dtype: torch.dtype
+    batch: int
+    threads: int
+    int8: bool = False
+
+    @property
+    def captioner(self) -> Path:
+        return self.folder / "captioner"
+
+    @property
+    def matcher(self) -> Path:
+        return self.folder / "matcher"
+
+
+def generation(prompt_tokens: int) -> GenerationConfig:
+    """Exactly `NEW_TOKENS` tokens behind the prompt."""
+    length = prompt_tokens + NEW_TOKENS
+    return GenerationConfig(min_tokens=length, max_tokens=length)
+
+
+def our_captions(setting: Setting) -> Run:
+    captioner = Captioner(
+        setting.captioner, setting.device, setting.dtype, setting.batch, int8=setting.int8
+    )
+    config = generation(len(captioner.prompt_ids(GenerationConfig())))
+    return lambda images: captioner(images, config=config)
+
+
+def our_scores(setting: Setting) -> Run:
+    matcher = Matcher(
+        setting.matcher, setting.device, setting.dtype, setting.batch, int8=setting.int8
+    )
+    return lambda images: matcher.match(images, blip.texts(len(images)))
+
+
+def their_captions(setting: Setting) -> Run:
+    processor = AutoProcessor.from_pretrained(setting.captioner)
+    model: Any = BlipForConditionalGeneration.from_pretrained(
+        setting.captioner, dtype=setting.dtype
+    )
+    model = model.to(setting.device).eval()
+
+    def run(images: Images) -> object:
+        text = ["a picture of"] * len(images)
+        inputs = processor(images=list(images), text=text, return_tensors="pt")
+        inputs = inputs.to(setting.device, setting.dtype)
+        with torch.inference_mode():
+            ids = model.generate(
+                **inputs, do_sample=True, top_p=0.9, top_k=50, repetition_penalty=1.1,
+                min_new_tokens=NEW_TOKENS, max_new_tokens=NEW_TOKENS,
+            )  # fmt: skip
+        return processor.batch_decode(ids, skip_special_tokens=True)
+
+    return _by(setting.batch, run)
+
+
+def their_scores(setting: Setting) -> Run:
+    processor = AutoProcessor.from_pretrained(setting.matcher)
+    model: Any = BlipForImageTextRetrieval.from_pretrained(setting.matcher, dtype=setting.dtype)
+    model = model.to(setting.device).eval()
+
+    def score(images: list[Image.Image], texts: list[str]) -> object:
+        inputs = processor(images=images, text=texts, padding=True, return_tensors="pt")
+        inputs = inputs.to(setting.device, setting.dtype)
+        with torch.inference_mode():
+            return model(**inputs).itm_score.softmax(dim=-1)[:, 1].tolist()
+
+    def run(images: Images) -> object:
+        texts = blip.texts(len(images))
+        if len(images) == 1:
+            return [score([images[0]], [text]) for text in texts[0]]
+        return score([i for i in images for _ in texts[0]], [t for own in texts for t in own])
+
+    return _by(setting.batch, run)
+
+
+def _by(size: int, run: Run) -> Run:
+    return lambda images: [run(images[at : at + size]) for at in range(0, len(images), size)]
+
+
+def juicer(kind: str) -> Callable[[Setting], Run]:
+    """data-juicer's operator for ``kind``, its model and batch size being the setting's."""
+
+    def build(setting: Setting) -> Run:
+        import data_juicer.ops.filter as filters
+        import data_juicer.ops.mapper as mappers
+
+        kept = Path(tempfile.mkdtemp())
+        if kind == "captions":
+            operator: Any = mappers.ImageCaptioningMapper(hf_img2seq=str(setting.captioner))
+        else:
+            operator = filters.ImageTextMatchingFilter(hf_blip=str(setting.matcher))
+
+        def run(images: Images) -> object:
+            files = [kept / f"{index}.png" for index in range(len(images))]
+            for file, image in zip(files, images, strict=True):
+                image.save(file)
+            text = "<__dj__image> a picture <|__dj__eoc|>"
+            samples = {
+                "images": [[str(f)] for f in files],
+                "text": [text] * len(files),
+                "__dj__stats__": [{} for _ in files],
+            }
+            if kind == "captions":
+                return operator.process_batched(samples)
+            rows = [{key: values[i] for key, values in samples.items()} for i in range(len(files))]
+            return [operator.compute_stats_single(row) for row in rows for _ in range(2)]
+
+        return _by(setting.batch, run)
+
+    return build
+
+
+def contenders(kind: str) -> dict[str, Callable[[Setting], Run]]:
+    ours, theirs = (
+        (our_captions, their_captions) if kind == "captions" else (our_scores, their_scores)
+    )
+    found = {"ours": ours, "transformers": theirs}
+    if find_spec("data_juicer"):
+        found["data-juicer"] = juicer(kind)
+    return found
+
+
+def decoded(count: int, quick: bool) -> list[Image.Image]:
+    files = blip.pictures(count, (64, 48) if quick else (640, 480))
+    return [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
+
+
+def measure(kind: str, name: str, setting: Setting, count: int, quick: bool) -> tuple[float, float]:
+    """(images a second, GiB at most) in a process of its own; in this one where ``quick``."""
+    if quick:
+        return _measured(kind, name, setting, count, quick)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
+        return alone.submit(_measured, kind, name, setting, count, quick).result()
+
+
+def _measured(
+    kind: str, name: str, setting: Setting, count: int, quick: bool
+) -> tuple[float, float]:
+    torch.set_num_threads(setting.threads)
+    torch.manual_seed(0)
+    images, run = decoded(count, quick), contenders(kind)[name](setting)
+    run(images[: setting.batch])
+    started = time.perf_counter()
+    run(images)
+    rate = count / (time.perf_counter() - started)
+    if setting.device == "cuda":
+        return rate, torch.cuda.max_memory_allocated() / 2**30
+    return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+    dtype = getattr(torch, options.dtype)
+    setting = Setting(folder, options.device, dtype, options.batch[0], options.threads)
+    torch.set_num_threads(options.threads)
+    config = BlipConfig.from_pretrained(setting.captioner)
+    rows: list[dict[str, object]] = []
+    for kind in options.kinds:
+        sized = [replace(setting, batch=batch) for batch in options.batch]
+        tried = {"transformers, one at a time": ("transformers", [replace(setting, batch=1)])}
+        tried |= {f"{name}, batched": (name, sized) for name in contenders(kind) if name != "ours"}
+        tried["ours"] = ("ours", sized)
+        if options.device == "cpu" and options.dtype == "float32":
+            tried["ours, int8"] = ("ours", [replace(s, int8=True) for s in sized])
+        best: dict[str, float] = {}
+        for label, (name, settings) in tried.items():
+            found = [(*measure(kind, name, s, options.images, options.quick), s) for s in settings]
+            rate, memory, at = max(found, key=lambda one: one[0])
+            best[label] = rate
+            least = _floor(kind, config, at, options.quick)
+            against = best.get("transformers, batched")
+            row = {"metric": f"{kind}: {label}", "value": rate, "unit": "images/s",
+                   "batch": at.batch, "memory_gib": memory, "floor_images_s": 1 / least,
+                   "share_of_floor": rate * least, "against": "transformers, batched",
+                   "ratio": rate / against if against else math.nan}  # fmt: skip
+            rows.append(row)
+            print(_line(row), flush=True)
+    return rows
+
+
+def _floor(kind: str, config: BlipConfig, setting: Setting, quick: bool) -> float:
+    """Seconds an image of ``kind`` at the least."""
+    machine = floor.measure(setting.device, setting.dtype, setting.int8, quick=quick)
+    itemsize = 1 if setting.int8 else setting.dtype.itemsize
+    if kind == "captions":
+        prompt = Captioner(setting.captioner).prompt_ids(GenerationConfig())
+        work = floor.caption_work(config, len(prompt), NEW_TOKENS, setting.batch, itemsize)
+    else:
+        # Words of the benchmark's texts are one token each; [CLS] and [SEP] come on top.
+        lengths = tuple(len(text.split()) + 2 for text in blip.texts(1)[0])
+        work = floor.filter_work(config, lengths)
+    return machine.floor(work)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['metric']:<40} {row['value']:9.3f} images/s  batch {row['batch']:>4}  "
+        f"{row['memory_gib']:6.2f} GiB  {row['share_of_floor']:6.1%} of the floor's "
+        f"{row['floor_images_s']:.2f} images/s  x{row['ratio']:.2f}"
+    )
+
+
+def exact(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
+    """Graphs against eager steps, and one batch size against another."""
+    images = decoded(options.images, options.quick)
+    size = options.batch[0]
+    where = folder / "captioner", options.device, getattr(torch, options.dtype)
+    captioner = Captioner(*where, size)
+    rows: list[dict[str, object]] = []
+    for method in ("nucleus", "beam", "greedy"):
+        config = GenerationConfig(method=method)  # type: ignore[arg-type]
+        found = {}
+        for graphed in (True, False):
+            captioner.graphed = graphed
+            found[graphed] = captioner(images, config=config)
+        other = Captioner(*where, max(1, size // 3))(images, config=config)
+        for name, texts in (("eager", found[False]), (f"batch {max(1, size // 3)}", other)):
+            differ = sum(a != b for a, b in zip(found[True], texts, strict=True))
+            row = {"metric": f"{method}: captions that differ", "value": differ / len(images),
+                   "unit": "share", "against": name, "ratio": None}  # fmt: skip
+            rows.append(row)
+            print(f"{method:<8} graphs, batch {size} / {name}: {differ} of {len(images)} differ")
+    return rows
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--images", type=int, default=16)
+    parser.add_argument("--batch", type=int, nargs="+", default=[8])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", default=["captions", "scores"])
+    parser.add_argument("--exact", action="store_true")
+    parser.add_argument("--quick", action="store_true", help="tiny weights, to see that it runs")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    options = arguments(given)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        blip.save(folder, tiny=options.quick)
+        rows = exact(options, folder) if options.exact else compare(options, folder)
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()

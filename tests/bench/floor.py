@@ -1,0 +1,148 @@
+"""The least time that the hardware needs, with the counting written out.
+
+FLOPs are those of the matrix products (a multiply-add is two); bytes are the weights that each
+decoding step must read again and the image's keys and values that each step reads. Norms, GELU,
+softmax and sampling count as free. floor = FLOPs / matrix rate + bytes / copy bandwidth, both
+measured here, on the same machine and in the same run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers import BlipConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one image: ``linear`` and ``attention`` FLOPs, and ``bytes`` to read."""
+
+    linear: float
+    attention: float
+    bytes: float
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.linear + other.linear,
+            self.attention + other.attention,
+            self.bytes + other.bytes,
+        )
+
+
+def vision_work(config: BlipConfig) -> Work:
+    """One image through the vision tower.
+
+    Patches: 2·P·(3·p²)·D. A layer, T = P + 1 tokens: 2·T·(4·D² + 2·D·M) and attention 4·T²·D.
+    """
+    v = config.vision_config
+    patches = (v.image_size // v.patch_size) ** 2
+    tokens, width = patches + 1, v.hidden_size
+    layer = 2 * tokens * (4 * width**2 + 2 * width * v.intermediate_size)
+    first = 2 * patches * 3 * v.patch_size**2 * width
+    return Work(first + v.num_hidden_layers * layer, v.num_hidden_layers * 4 * tokens**2 * width, 0)
+
+
+def image_keys_work(config: BlipConfig) -> Work:
+    """Cross-attention's keys and values of one image, once: 2·T·2·Dv·D a layer."""
+    t = config.text_config
+    return Work(
+        t.num_hidden_layers
+        * 4
+        * _tokens(config)
+        * config.vision_config.hidden_size
+        * t.hidden_size,
+        0,
+        0,
+    )
+
+
+def text_work(config: BlipConfig, tokens: int, *, grounded: bool) -> Work:
+    """``tokens`` tokens of one text: 2·(4·D² + 2·D·M) a token and layer, 2·2·D² more and attention
+    4·T·D over the image where ``grounded``; among themselves 4·D a pair of tokens."""
+    t = config.text_config
+    width, layers = t.hidden_size, t.num_hidden_layers
+    linear = 2 * tokens * (4 * width**2 + 2 * width * t.intermediate_size)
+    attention = 4 * width * tokens * tokens
+    if grounded:
+        linear += 2 * tokens * 2 * width**2
+        attention += 4 * width * tokens * _tokens(config)
+    return Work(layers * linear, layers * attention, 0)
+
+
+def caption_work(config: BlipConfig, prompt: int, new: int, batch: int, itemsize: int) -> Work:
+    """One image captioned with ``new`` tokens behind ``prompt`` ones, in a batch of ``batch``.
+
+    The last token is chosen, not fed: prompt + new - 1 go through the decoder, ``new`` through the
+    language head, 2·(D² + D·V) each. Each of the ``new`` steps reads all weights of decoder and
+    head once for the batch, and the image's keys and values, 2·T·D a layer, once.
+    """
+    t = config.text_config
+    width, layers = t.hidden_size, t.num_hidden_layers
+    head = width**2 + width * t.vocab_size
+    weights = layers * (6 * width**2 + 2 * width * t.intermediate_size) + head
+    keys = layers * 2 * _tokens(config) * width
+    decoded = text_work(config, prompt + new - 1, grounded=True)
+    steps = Work(2 * new * head, 0, new * itemsize * (weights / batch + keys))
+    return vision_work(config) + image_keys_work(config) + decoded + steps
+
+
+def filter_work(config: BlipConfig, lengths: tuple[int, ...]) -> Work:
+    """One image with a text of each of ``lengths`` tokens: ITM and ITC of each."""
+    work = vision_work(config) + image_keys_work(config)
+    for tokens in lengths:
+        work += text_work(config, tokens, grounded=True)
+        work += text_work(config, tokens, grounded=False)
+    return work
+
+
+def _tokens(config: BlipConfig) -> int:
+    v = config.vision_config
+    return int((v.image_size // v.patch_size) ** 2 + 1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the device does at its best: FLOP/s of matrix products, in float and as the linear
+    layers run (int8 or the same), and bytes read and written a second by a large copy."""
+
+    rate: float
+    linear_rate: float
+    bandwidth: float
+
+    def floor(self, work: Work) -> float:
+        """Seconds an image."""
+        products = work.linear / self.linear_rate + work.attention / self.rate
+        return products + work.bytes / self.bandwidth
+
+
+def measure(device: str, dtype: torch.dtype, int8: bool, *, quick: bool = False) -> Machine:
+    """The best of several tries at BLIP-base's own shapes, long enough to leave every cache."""
+    rows, inner = (256, 256) if quick else (4096, 3072)
+    a = torch.randn(rows, 768, device=device, dtype=dtype)
+    b = torch.randn(768, inner, device=device, dtype=dtype)
+    products = 2.0 * rows * 768 * inner
+    out = a @ b
+    rate = products / _best(lambda: torch.mm(a, b, out=out), device)
+    linear_rate = rate
+    if int8:
+        left = torch.randint(-127, 128, (rows, 768), dtype=torch.int8)
+        right = torch.randint(-127, 128, (inner, 768), dtype=torch.int8).t()
+        sums = torch.empty(rows, inner, dtype=torch.int32)
+        linear_rate = products / _best(lambda: torch._int_mm(left, right, out=sums), device)
+    source = torch.ones((1 if quick else 256) * 2**20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return Machine(rate, linear_rate, 2 * len(source) / _best(lambda: target.copy_(source), device))
+
+
+def _best(run: Callable[[], object], device: str, tries: int = 10) -> float:
+    seconds = []
+    for _ in range(tries + 2):
+        started = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds[2:])
