@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed import ReduceOp, all_gather, all_reduce
+from torch.distributed import ReduceOp, all_gather, all_gather_object, all_reduce
 
 from stages.models.losses import IGNORED
 
@@ -34,6 +34,12 @@ class Workers:
         longest = torch.tensor(tensor.shape[1], device=tensor.device)
         all_reduce(longest, ReduceOp.MAX)
         return self.gather(F.pad(tensor, (0, int(longest) - tensor.shape[1])))
+
+    def union(self, numbers: set[int]) -> set[int]:
+        """Every worker's ``numbers`` together."""
+        found: list[set[int]] = [set()] * self.size
+        all_gather_object(found, numbers)
+        return set().union(*found)
 
     def total(self, count: Tensor) -> Tensor:
         """The sum of every worker's ``count``."""

@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal, cast
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 
@@ -29,13 +29,8 @@ from stages.models.workers import Workers
 from stages.schemas import TRAINING_LOG
 from stages.training.data import Augmentation, Batch, Images, Loader, Pairs
 from stages.training.device import default_device, torch_threads
-from stages.training.parallel import (
-    Parallel,
-    load_optimizer,
-    parallel,
-    whole_optimizer,
-    whole_state,
-)
+from stages.training.optimizer import Optimizers
+from stages.training.parallel import Parallel, parallel, whole_state
 from stages.training.schedule import Decay, Schedule
 
 CHECKPOINT = "training.pt"
@@ -66,6 +61,9 @@ class TrainingConfig(Config):
     """See `stages.training.schedule.Schedule`."""
     decay_rate: float = Field(0.9, gt=0, le=1)
     weight_decay: float = Field(0.05, ge=0)
+    muon_lr: float | None = Field(None, gt=0)
+    """Learning rate of Muon for the matrices of hidden layers, on the same schedule; None leaves
+    all to AdamW, as the paper does. See `stages.training.optimizer`."""
     alpha: float = Field(0.4, ge=0, le=1)
     """Weight of the momentum model's soft targets in ITC, after the ramp."""
     alpha_epochs: float = Field(2, ge=0)
@@ -97,6 +95,12 @@ class TrainingConfig(Config):
     cache_mb: int = operational(1024, ge=0)
     """Memory for decoded images, MB a worker."""
 
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> TrainingConfig:
+        if self.muon_lr is not None and self.parallel == "fsdp2":
+            raise ValueError("muon_lr needs whole matrices; parallel 'fsdp2' parts them, use 'ddp'")
+        return self
+
 
 class Losses(nn.Module, ABC):
     """What one stage minimises: MED's losses on a batch. Subclasses define ``forward``."""
@@ -122,7 +126,8 @@ def train(
     human_repeat: int = 1,
 ) -> pa.Table:
     """Train ``losses.med`` in place; returns its log (TRAINING_LOG), a line being the means since
-    the last one. Resumes from ``ctx.resume_from()``.
+    the last one. Resumes from ``ctx.resume_from()``. Images that turned out to be broken are
+    counted in ``pairs.skipped``.
 
     Args:
         name: of the stage, in the log.
@@ -161,6 +166,7 @@ class _Training:
         human_repeat: int,
     ) -> None:
         self.name, self.trained, self.config, self.ctx = name, trained, config, ctx
+        self.pairs = pairs
         self.device = default_device()
         self.losses = losses.to(self.device).train()
         self.med = losses.med
@@ -190,9 +196,15 @@ class _Training:
         self._prepare_layers()
         self.parallel = parallel(losses, self.med, config.parallel, ctx.world_size)
         self.parameters = [p for p in losses.parameters() if p.requires_grad]
-        self.optimizer = self._new_optimizer()
+        self.optimizers = Optimizers(
+            self.parameters,
+            self.med,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+            muon_lr=config.muon_lr,
+        )
         if resumed is not None:
-            load_optimizer(self.optimizer, resumed["optimizer"], self.parallel)
+            self.optimizers.load(resumed["optimizers"], self.parallel)
 
     def _prepare_layers(self) -> None:
         stacks = (self.med.vision_model, self.med.text_encoder, self.med.text_decoder.bert)
@@ -202,17 +214,6 @@ class _Training:
             for stack in (*stacks, self.med.vision_model_m, self.med.text_encoder_m):
                 for layer in stack.layers:
                     layer.compile()
-
-    def _new_optimizer(self) -> torch.optim.AdamW:
-        # The temperature, a scalar, is never sharded, and no fused call takes both kinds.
-        tensors = [p for p in self.parameters if p.dim()]
-        scalars = [p for p in self.parameters if not p.dim()]
-        return torch.optim.AdamW(
-            [{"params": group} for group in (tensors, scalars) if group],
-            lr=self.config.lr,
-            weight_decay=self.config.weight_decay,
-            fused=True,
-        )
 
     def run(self) -> pa.Table:
         total, parts = self.schedule.steps, self.config.accumulate
@@ -230,14 +231,13 @@ class _Training:
             if done % self.config.checkpoint_every_steps == 0 and not last:
                 self._save(done)
         self.parallel.finish()
+        self.pairs.skipped["image"] = len(self._broken())
         return pa.Table.from_pylist(self.log, schema=TRAINING_LOG)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> None:
         torch.manual_seed(_step_seed(self.config.seed, step, self.ctx.rank))
         if self.workers is not None:
             self.workers.generator.manual_seed(_step_seed(self.config.seed, step, 0))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.schedule.lr_at(step)
         if self.losses.matching:
             self.med.begin_step()
         parts = self.config.accumulate
@@ -248,8 +248,7 @@ class _Training:
         row = rows[0] if parts == 1 else torch.stack(rows).mean(0)
         norm = self.parallel.gradient_norm(self.parameters, self.config.clip_grad_norm)
         self._check_step(step, row[0].item(), norm.item())
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizers.step(self.schedule.lr_at(step))
         self.window.append(row)
 
     def _backward(self, step: int, batch: Batch, last: bool) -> Tensor:
@@ -321,20 +320,26 @@ class _Training:
         if self.window:
             self._check(done)
         first = self.ctx.rank == 0
+        broken = self._broken()
         model = whole_state(self.med, self.parallel, keep=first)
-        optimizer = whole_optimizer(self.optimizer, self.parallel, keep=first)
+        optimizers = self.optimizers.state(self.parallel, keep=first)
         if not first:
             return
         state = {
             "step": done,
             "model": model,
-            "optimizer": optimizer,
+            "optimizers": optimizers,
             "log": self.log,
             "window": self.window,
             "first_loss": self.first_loss,
-            "broken": sorted(self.images.broken),
+            "broken": sorted(broken),
         }
         self.ctx.save(lambda folder: torch.save(state, folder / CHECKPOINT))
+
+    def _broken(self) -> set[int]:
+        """Images that some worker could not decode so far."""
+        broken = self.images.broken
+        return broken if self.workers is None else self.workers.union(broken)
 
     def _resume(self) -> Mapping[str, Any] | None:
         """Take up the last checkpoint, all but its optimiser; None where there is none."""

@@ -79,6 +79,7 @@ def test_a_folder_that_transformers_opens_and_a_log(tmp_path: Path) -> None:
         assert row["loss"] == pytest.approx(parts, rel=1e-4)
     facts = json.loads((out / "data.json").read_text())
     assert facts == {"pairs": 25, "images": 25, "skipped": {}}
+    assert len(list((out / "tensorboard").iterdir())) == 1
 
 
 def test_the_result_hangs_on_config_and_data_alone(tmp_path: Path) -> None:
@@ -111,6 +112,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, at: int) -> None:
     logs = [pq.read_table(out / "log.parquet") for out in (whole, again)]
     one, other = (log.drop_columns(["images_per_second"]) for log in logs)
     assert one.equals(other)
+    for out in (whole, again):
+        assert json.loads((out / "data.json").read_text())["skipped"] == {"image": 1}
 
 
 def test_it_goes_on_from_another_med(tmp_path: Path) -> None:

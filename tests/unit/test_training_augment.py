@@ -61,3 +61,18 @@ def test_operations_do_what_they_are_called() -> None:
         there, back = np.asarray(move(image, 1.0)), np.asarray(move(image, -1.0))
         assert (there == 128).all(axis=2).any(), "what comes into view is grey"
         assert not np.array_equal(there, back)
+
+
+def test_each_of_two_operations_is_applied_half_of_the_time() -> None:
+    applied = []
+    operations = tuple(
+        lambda image, sign, index=index: applied.append((index, sign)) or image
+        for index in range(len(RAND_AUGMENT))
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("stages.training.augment.RAND_AUGMENT", operations)
+        for seed in range(400):
+            augmented(picture(), 16, 0.2, generator(seed))
+    assert 330 < len(applied) < 470, "of 800 draws"
+    assert {index for index, _ in applied} == set(range(10))
+    assert 130 < sum(sign > 0 for _, sign in applied) < 270

@@ -59,6 +59,19 @@ def test_workers_share_the_global_batch(tmp_path: Path) -> None:
         assert torch.equal(joined, whole.batch(step).pixels)
 
 
+def test_tars_that_do_not_divide_evenly_are_one_epoch_for_all_workers(tmp_path: Path) -> None:
+    sizes = (7, 1, 5)
+    tars = [toy_tar(tmp_path / f"web-{n}.tar", images=n) for n in sizes]
+    pairs = pairs_of(tmp_path, *tars)
+    workers = [loader(pairs, batch_size=4, rank=rank, world_size=2) for rank in range(2)]
+    assert {worker.epoch_length for worker in workers} == {sum(sizes)}
+    # Four epochs of 13 pairs are 13 batches of 4; epochs end within batches.
+    parts = [[worker.batch(step).image_ids for step in range(13)] for worker in workers]
+    images = torch.cat([torch.cat(step) for step in zip(*parts, strict=True)]).tolist()
+    for epoch in range(4):
+        assert sorted(images[13 * epoch : 13 * (epoch + 1)]) == sorted(pairs.shards.image_ids)
+
+
 @pytest.mark.parametrize("augmentation", ["none", "blip"])
 def test_cache_threads_and_order_of_asking_change_nothing(
     tmp_path: Path, augmentation: str
