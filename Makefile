@@ -33,6 +33,7 @@ format: install
 
 bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.quickstart
+	$(BIN)/python -m tests.bench.pretrain
 
 lock:  ## pin what is installed now
 	(head -1 requirements.lock; $(BIN)/pip freeze --all --exclude capfilt --exclude pip \
