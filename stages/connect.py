@@ -12,7 +12,7 @@ import ipaddress
 import socket
 import ssl
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -26,12 +26,22 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 class FetchError(Exception):
-    """One attempt failed. ``status`` is one of download.STATUSES; ``transient``: may pass."""
+    """One attempt failed. ``status`` is one of download.STATUSES; ``transient``: may pass.
+    ``code`` is the HTTP status, ``retry_after`` the seconds for which the host asks for peace."""
 
-    def __init__(self, status: str, detail: str, transient: bool = False) -> None:
+    def __init__(
+        self,
+        status: str,
+        detail: str,
+        transient: bool = False,
+        code: int | None = None,
+        retry_after: float | None = None,
+    ) -> None:
         super().__init__(detail)
         self.status = status
         self.transient = transient
+        self.code = code
+        self.retry_after = retry_after
 
 
 class Target(NamedTuple):
@@ -78,6 +88,14 @@ def is_public(address: str) -> bool:
         if inner is not None:
             return is_public(str(inner))
     return ip.is_global and not (ip.is_multicast or ip.is_reserved)
+
+
+def is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 class Connector:
@@ -153,6 +171,8 @@ class Connector:
         return allowed
 
     def _resolve(self, host: str, port: int, deadline: float) -> list[tuple[int, Any]]:
+        if is_address(host):  # nobody needs to be asked, so there is nothing to wait for
+            return _found(socket.getaddrinfo(host, port, 0, socket.SOCK_STREAM))
         future = self._resolver.submit(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
         try:
             found = future.result(timeout=_left(deadline, self._timeout))
@@ -161,7 +181,11 @@ class Connector:
         except socket.gaierror as error:
             again = error.errno == socket.EAI_AGAIN
             raise FetchError("dns", f"{host}: {error.strerror}", transient=again) from error
-        return [(family, address) for family, _, _, _, address in found]
+        return _found(found)
+
+
+def _found(answers: Iterable[tuple[Any, ...]]) -> list[tuple[int, Any]]:
+    return [(family, address) for family, _, _, _, address in answers]
 
 
 class TimedSocket:

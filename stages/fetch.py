@@ -1,21 +1,22 @@
 """Fetching one URL from a web that lies: bounded in time, size, redirects and reach.
 
-From img2dataset comes the check of opt-out headers (`img2dataset.downloader.is_disallowed`). Its
-fetch, `download_image`, is not used: it calls `urllib.request.urlopen`, which only an opener
-installed for the whole process could restrain, reads bodies of any size, sets no limit on the
-total time, retries what cannot succeed, and presents itself as Firefox.
+img2dataset's fetch, `download_image`, is not used: it calls `urllib.request.urlopen`, which only
+an opener installed for the whole process could restrain, reads bodies of any size, sets no limit on
+the total time, and presents itself as Firefox.
 """
 
 from __future__ import annotations
 
 import http.client
-import os
-import random
+import math
 import socket
+import threading
 import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from importlib import metadata
 from typing import cast
 from urllib.parse import urljoin
@@ -24,12 +25,16 @@ from pydantic import Field, field_validator
 
 from stages.base import Config, operational
 from stages.connect import Connector, FetchError, Target, TimedSocket, parse_url, translated, words
-
-OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
+from stages.optout import OPT_OUT_DIRECTIVES, SiteRules, header_objection
 
 _CHUNK = 1 << 16
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-_TRY_AGAIN_CODES = frozenset({408, 425, 429})
+TRY_AGAIN_CODES = frozenset({408, 425, 429})
+"""HTTP statuses below 500 that may pass."""
+
+_RULES_BYTES = 512 * 1024  # of robots.txt; RFC 9309 asks to read that much at least
+_LARGE = 1 << 20
+_MEMORY = 96 << 20
 
 
 class FetchConfig(Config):
@@ -39,8 +44,13 @@ class FetchConfig(Config):
     """Largest response body in bytes, before and after decompression."""
     max_redirects: int = Field(5, ge=0)
     respect_opt_out: bool = True
-    """Leave out images whose X-Robots-Tag header holds one of ``disallowed_directives``."""
+    """Leave out images that come with ``TDM-Reservation: 1``, or with an X-Robots-Tag that names
+    one of ``disallowed_directives`` for everyone or for our agent."""
     disallowed_directives: tuple[str, ...] = OPT_OUT_DIRECTIVES
+    respect_robots: bool = False
+    """Ask each host for its robots.txt first, and keep to it."""
+    respect_tdmrep: bool = False
+    """Ask each host for its /.well-known/tdmrep.json first, and leave out what it reserves."""
     timeout: float = operational(10.0, gt=0)
     """Seconds for the name look-up, for the connection, and between two arriving pieces."""
     total_timeout: float = operational(30.0, gt=0)
@@ -49,6 +59,15 @@ class FetchConfig(Config):
     """More attempts after a failure that may pass. A 404 or an opt-out is never asked twice."""
     backoff: float = operational(0.5, ge=0)
     """Seconds before the first retry; doubles each time, with jitter."""
+    max_retry_after: float = operational(60.0, ge=0)
+    """Seconds that a host may ask us to wait (Retry-After). Who asks for more is set aside."""
+    host_connections: int = operational(8, ge=1)
+    """Requests to one host at a time."""
+    host_failures: int = operational(20, ge=1)
+    """After so many failures in a row a host is set aside: the shard's other URLs there are given
+    the last failure's status untried, and each later shard tries the host once."""
+    shard_timeout: float = operational(3600.0, gt=0)
+    """Seconds for a shard; URLs that have not come by then are ``timeout``."""
     threads: int = operational(32, ge=1)
     user_agent: str | None = operational(None)
     """None: ``capfilt/<version>``, with ``contact`` behind it."""
@@ -76,79 +95,160 @@ class FetchConfig(Config):
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of one URL: ``body`` where status is success, else why not."""
+    """What became of one attempt: ``body`` where status is success, else why not."""
 
     status: str
     detail: str | None = None
     body: bytes = b""
     content_type: str = ""
+    code: int | None = None
+    """HTTP status of the last answer."""
+    host: str = ""
+    """Who answered, or failed to: where redirects led."""
+    transient: bool = False
+    """The failure may pass."""
+    retry_after: float | None = None
+    """Seconds for which the host asks to be left alone."""
+    held: int = 0
+    """Bytes of the fetcher's memory that are taken until it is given to `Fetcher.release`."""
 
 
 class Fetcher:
-    """Fetches URLs; one instance serves many threads."""
+    """Fetches URLs; one instance serves many threads.
+
+    Bodies beyond 1 MiB share 96 MiB, so that many servers cannot fill the memory together.
+    """
 
     def __init__(self, config: FetchConfig) -> None:
-        # Reads its configuration and loads albumentations, which asks the network for a newer
-        # version of itself unless told not to.
-        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
-        from img2dataset.downloader import is_disallowed
-
         self._config = config
-        self._is_disallowed: Callable[..., bool] = is_disallowed
         self._agent = config.user_agent or _user_agent(config.contact)
-        self._token = self._agent.partition("/")[0].strip().lower()
+        token = self._agent.partition("/")[0].strip().lower()
+        self._token = token
         self._connector = Connector(
             config.timeout, config.threads, config.connect_to, config.allow_private_hosts
         )
+        self._memory = _Budget(max(_MEMORY, config.max_bytes))
+        self._rules = SiteRules(
+            self._site_file, token, config.respect_robots, config.respect_tdmrep
+        )
 
-    def fetch(self, url: str) -> Fetched:
-        """The body of ``url``, or the status and reason of its failure. Never raises."""
-        for attempt in range(self._config.retries + 1):
-            try:
-                return self._attempt(url)
-            except FetchError as error:
-                failure = Fetched(error.status, str(error))
-                if not error.transient:
-                    break
-            except Exception as error:  # noqa: BLE001 - one row's fetch: whatever a server provokes
-                return Fetched("failed", words(error))
-            if attempt < self._config.retries:
-                time.sleep(self._config.backoff * 2**attempt * random.uniform(0.5, 1.5))
-        return failure
+    def fetch(self, url: str, deadline: float = math.inf) -> Fetched:
+        """The body of ``url``, or the status and reason of its failure. One attempt, over by
+        ``deadline`` (of `time.monotonic`). Never raises. Hand the result to `release`."""
+        visited: list[str] = []
+        try:
+            end = min(deadline, time.monotonic() + self._config.total_timeout)
+            return self._fetch(url, end, visited)
+        except FetchError as error:
+            return Fetched(
+                error.status,
+                str(error),
+                code=error.code,
+                host=visited[-1] if visited else "",
+                transient=error.transient,
+                retry_after=error.retry_after,
+            )
+        except Exception as error:  # noqa: BLE001 - one row's fetch: whatever a server provokes
+            return Fetched("failed", words(error), host=visited[-1] if visited else "")
+
+    def release(self, fetched: Fetched) -> None:
+        """The caller is done with the body."""
+        if fetched.held:
+            self._memory.give_back(fetched.held)
 
     def close(self) -> None:
         self._connector.close()
 
-    def _attempt(self, url: str) -> Fetched:
-        deadline = time.monotonic() + self._config.total_timeout
+    def _fetch(
+        self, url: str, deadline: float, visited: list[str], limit: int | None = None
+    ) -> Fetched:
+        """Follows ``url`` to its end; ``visited`` gets the hosts on the way. With ``limit``, a file
+        about a site: no rule holds for it."""
         target = parse_url(url)
         for _ in range(self._config.max_redirects + 1):
+            visited.append(target.host)
+            if limit is None and (objection := self._rules.objection(url)) is not None:
+                raise FetchError("opted_out", objection)
             with translated(), _Exchange(self._connector.open(target, deadline)) as exchange:
                 response = exchange.get(target, self._agent)
-                location = self._judge(response)
+                location = self._judge(response, headers_count=limit is None)
                 if location is None:
-                    body = _read(response, self._config.max_bytes)
-                    return Fetched("success", None, body, response.getheader("Content-Type", ""))
+                    return self._body(
+                        response, deadline, target.host, limit or self._config.max_bytes
+                    )
             url, target = _redirected(url, location)
         raise FetchError("redirect", f"more than {self._config.max_redirects} redirects")
 
-    def _judge(self, response: http.client.HTTPResponse) -> str | None:
+    def _body(
+        self, response: http.client.HTTPResponse, deadline: float, host: str, limit: int
+    ) -> Fetched:
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            if size > _LARGE and not held:
+                self._memory.take(size, deadline)
+                held = size
+
+        try:
+            body = _read(response, limit, hold)
+        except BaseException:
+            self._memory.give_back(held)
+            raise
+        kind = response.getheader("Content-Type", "")
+        return Fetched("success", None, body, kind, response.status, host, held=held)
+
+    def _site_file(self, url: str) -> tuple[int | None, bytes]:
+        """robots.txt and the like, for `SiteRules`."""
+        deadline = time.monotonic() + self._config.total_timeout
+        try:
+            found = self._fetch(url, deadline, [], _RULES_BYTES)
+        except FetchError as error:
+            return error.code, b""
+        return found.code, found.body
+
+    def _judge(self, response: http.client.HTTPResponse, headers_count: bool) -> str | None:
         """Where a response redirects to, or None where its body is the answer."""
         code = response.status
         if code >= 400 or code < 200:
             status = {4: "http_4xx", 5: "http_5xx"}.get(code // 100, "broken_response")
-            transient = status == "http_5xx" or code in _TRY_AGAIN_CODES
-            raise FetchError(status, f"HTTP {code}", transient)
-        if self._config.respect_opt_out and self._is_disallowed(
-            response.headers, self._token, self._config.disallowed_directives
-        ):
-            raise FetchError("opted_out", "X-Robots-Tag disallows the use")
+            transient = status == "http_5xx" or code in TRY_AGAIN_CODES
+            pause = _seconds(response.getheader("Retry-After")) if transient else None
+            raise FetchError(status, f"HTTP {code}", transient, code, pause)
+        if self._config.respect_opt_out and headers_count:
+            objection = header_objection(
+                response.headers, self._token, self._config.disallowed_directives
+            )
+            if objection is not None:
+                raise FetchError("opted_out", objection, code=code)
         if code < 300:
             return None
         location = response.getheader("Location")
         if code not in _REDIRECTS or not location:
-            raise FetchError("redirect", f"HTTP {code} without a location")
+            raise FetchError("redirect", f"HTTP {code} without a location", code=code)
         return _utf8(location)
+
+
+class _Budget:
+    """Bytes that large bodies may take up together. Each asks once, for all that it may need: who
+    has some never waits for more, so nobody waits for ever."""
+
+    def __init__(self, size: int) -> None:
+        self._left = size
+        self._changed = threading.Condition()
+
+    def take(self, size: int, deadline: float) -> None:
+        """Raises: TimeoutError: nothing came free in time."""
+        with self._changed:
+            left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
+            if not self._changed.wait_for(lambda: self._left >= size, left):
+                raise TimeoutError("total time is up")
+            self._left -= size
+
+    def give_back(self, size: int) -> None:
+        with self._changed:
+            self._left += size
+            self._changed.notify_all()
 
 
 class _Exchange:
@@ -187,8 +287,9 @@ def _redirected(url: str, location: str) -> tuple[str, Target]:
         raise FetchError("redirect", f"redirected to {location[:100]!r}: {error}") from error
 
 
-def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
-    """The body, at most ``limit`` bytes before and after decompression.
+def _read(response: http.client.HTTPResponse, limit: int, hold: Callable[[int], None]) -> bytes:
+    """The body, at most ``limit`` bytes before and after decompression. ``hold`` is told how large
+    it may become, before it does.
 
     Raises:
         FetchError: too_large or broken_response.
@@ -196,15 +297,20 @@ def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
     declared = response.length
     if declared is not None and declared > limit:
         raise FetchError("too_large", f"{declared} bytes, at most {limit}")
-    expand = _decoder(response.getheader("Content-Encoding", "identity"), limit)
+    encoding = response.getheader("Content-Encoding", "identity").strip().lower()
+    plain = encoding in {"", "identity"}
+    hold((declared or 0) if plain else limit)
+    expand = None if plain else _decoder(encoding, limit)
     pieces: list[bytes] = []
     received = size = 0
     while piece := response.read(_CHUNK):
         received += len(piece)
-        piece = expand(piece)
+        piece = piece if expand is None else expand(piece)
         size += len(piece)
         if max(received, size) > limit:
             raise FetchError("too_large", f"more than {limit} bytes")
+        if size > _LARGE:
+            hold(limit)  # unless it was declared
         pieces.append(piece)
     if declared is not None and received < declared:
         detail = f"body cut short: {received} of {declared} bytes"
@@ -215,9 +321,6 @@ def _read(response: http.client.HTTPResponse, limit: int) -> bytes:
 def _decoder(encoding: str, limit: int) -> Callable[[bytes], bytes]:
     """Undoes a content encoding that nobody asked for. Gives at most ``limit`` + 1 bytes a call:
     a small body that expands without end is noticed, not expanded."""
-    encoding = encoding.strip().lower()
-    if encoding in {"", "identity"}:
-        return lambda piece: piece
     if encoding not in {"gzip", "x-gzip", "deflate"}:
         raise FetchError("broken_response", f"content encoding {encoding[:40]!r}, not asked for")
     inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
@@ -229,6 +332,20 @@ def _decoder(encoding: str, limit: int) -> Callable[[bytes], bytes]:
             raise FetchError("broken_response", f"content encoding {encoding}: {error}") from error
 
     return expand
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The Retry-After header, seconds or a date, as seconds from now (RFC 9110, 10.2.3)."""
+    text = (retry_after or "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text[:9])
+    try:
+        moment = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    return max(0.0, (moment - datetime.now(UTC)).total_seconds())
 
 
 def _utf8(header: str) -> str:

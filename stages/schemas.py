@@ -47,6 +47,7 @@ DOWNLOAD = _schema(
     ("text", _TEXT, "alt text or human caption, unchanged; may be empty"),
     ("status", _TEXT, "success, duplicate_row, or the reason of failure (download.STATUSES)"),
     _DETAIL,
+    ("http_code", pa.int32(), "status code of the last HTTP answer; null where there was none"),
     _SHA256,
     ("phash", _TEXT, "256-bit perceptual (DCT) hash of the image, in hex; null on failure"),
     ("width", pa.int32(), "pixels, after resizing; null on failure"),

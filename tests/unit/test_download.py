@@ -19,7 +19,8 @@ from pydantic import ValidationError
 
 from stages import ids
 from stages.base import fingerprinted
-from stages.download import STATUSES, DownloadConfig, DownloadStage, ImageKeeper, perceptual_hash
+from stages.download import STATUSES, DownloadConfig, DownloadStage
+from stages.keeper import ImageKeeper, perceptual_hash
 from stages.schemas import DOWNLOAD, SOURCES, check
 from tests.servers import HTML, SVG, WebServer, known_locally, picture
 from tests.unit.test_readers import tar

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from stages.crawl import Crawler
 from stages.fetch import FetchConfig, Fetched, Fetcher
 from tests.servers import WebServer, gzip_bomb, known_locally, picture
 
@@ -27,12 +28,14 @@ def web() -> Iterator[WebServer]:
 
 @pytest.fixture
 def fetch(web: WebServer) -> Iterator[Fetch]:
-    made: list[Fetcher] = []
+    made: list[Crawler] = []
 
     def fetch(path: str, **options: object) -> Fetched:
         patient = {"timeout": 5.0, "retries": 0, "backoff": 0.01, "connect_to": web.connect_to}
-        made.append(Fetcher(FetchConfig(**{**patient, **options})))
-        return made[-1].fetch(web.url(path) if path.startswith("/") else path)
+        made.append(Crawler(FetchConfig(**{**patient, **options})))
+        url = web.url(path) if path.startswith("/") else path
+        ((_, fetched),) = made[-1].fetch_all({"it": url})
+        return fetched
 
     yield fetch
     for fetcher in made:
@@ -209,7 +212,8 @@ def test_unforeseen_errors_stay_with_their_row(monkeypatch: pytest.MonkeyPatch) 
 
     fetcher = Fetcher(FetchConfig())
     monkeypatch.setattr(fetcher._connector, "open", explode)
-    assert fetcher.fetch("http://web.test/x.jpg") == Fetched("failed", "RuntimeError: what now")
+    fetched = fetcher.fetch("http://web.test/x.jpg")
+    assert fetched == Fetched("failed", "RuntimeError: what now", host="web.test")
 
 
 def test_addresses_to_connect_to_are_checked() -> None:

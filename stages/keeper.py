@@ -1,0 +1,243 @@
+"""Encoded images in, checked and resized images out: upright, sRGB, without metadata.
+
+Images are decoded by `stages.models.images.decode` and handed to img2dataset's `Resizer` as plain
+pixels: its own decoder ignores EXIF orientation and colour profiles, spoils 16-bit samples, and
+takes truncated files for whole ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import Field, model_validator
+
+from stages.base import Config
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_PHASH_SIZE = 16  # 16 x 16 = 256 bits
+_LEAST_COVER = 256  # pixels: enough for the perceptual hash
+_LARGEST_PROFILE = 4 << 20
+
+
+class ImageConfig(Config):
+    """Which images are kept, and how."""
+
+    image_size: int = Field(384, ge=1)
+    """Pixels; of the shorter side with ``keep_ratio``."""
+    resize_mode: Literal["no", "keep_ratio", "center_crop", "border", "keep_ratio_largest"] = (
+        "keep_ratio"
+    )
+    """As in img2dataset. Images are never enlarged."""
+    encode_format: Literal["jpg", "png", "webp"] = "jpg"
+    encode_quality: int | None = Field(None, ge=0, le=100)
+    """JPEG and WebP: 0 to 100, None is 95. PNG: compression level, 0 to 9, None is 6."""
+    min_image_size: int = Field(1, ge=1)
+    """Pixels of the shorter side, as downloaded, below which an image is ``too_small``."""
+    max_aspect_ratio: float = Field(20.0, ge=1)
+    """Longer side over shorter side."""
+    max_pixels: int = Field(25_000_000, ge=1)
+    """Checked before a pixel is decoded; a quarter of it for samples of more than 8 bits. Decoding
+    takes up to 15 bytes of memory a pixel."""
+
+    @model_validator(mode="after")
+    def _png_levels(self) -> ImageConfig:
+        if self.encode_format == "png" and (self.encode_quality or 0) > 9:
+            raise ValueError(
+                f"encode_quality: {self.encode_quality} is not allowed: "
+                "with encode_format png it is the compression level, 0 to 9"
+            )
+        return self
+
+    @property
+    def quality(self) -> int:
+        if self.encode_quality is not None:
+            return self.encode_quality
+        return 6 if self.encode_format == "png" else 95
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sample: the columns of DOWNLOAD that depend on the image."""
+
+    status: str
+    detail: str | None = None
+    http_code: int | None = None
+    sha256: str | None = None
+    phash: str | None = None
+    width: int | None = None
+    height: int | None = None
+    original_width: int | None = None
+    original_height: int | None = None
+    image: bytes | None = None
+
+
+class _Header(NamedTuple):
+    """What the first bytes of an image say, before a pixel is decoded."""
+
+    format: str
+    mode: str
+    width: int
+    height: int
+    swapped: bool
+    """EXIF turns it by a quarter: height is width once it is upright."""
+    profile: bytes | None
+    """Its ICC profile."""
+
+
+class ImageKeeper:
+    """Encoded image bytes in, `Outcome` out: checked, decoded, hashed, resized, encoded again.
+
+    The same bytes give the same outcome. Metadata is dropped; EXIF orientation is applied first,
+    and RGB and grey ICC profiles are converted to sRGB. CMYK profiles are ignored.
+    """
+
+    def __init__(self, config: ImageConfig) -> None:
+        self._config = config
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network
+        from img2dataset import resizer
+
+        # It would send the whole process's stdout and stderr to /dev/null during every resize, to
+        # hide what OpenCV's decoders print; they are given plain pixels and print nothing.
+        resizer.SuppressStdoutStderr = nullcontext
+        self._resizer: Callable[[io.BytesIO], tuple[Any, ...]] = resizer.Resizer(
+            image_size=config.image_size,
+            resize_mode=config.resize_mode,
+            resize_only_if_bigger=True,
+            encode_quality=config.quality,
+            encode_format=config.encode_format,
+        )
+
+    def __call__(self, data: bytes, content_type: str = "") -> Outcome:
+        sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            with warnings.catch_warnings():  # what Pillow thinks of a file ends up in `detail`
+                warnings.simplefilter("ignore")
+                header = _header(data, content_type)
+                outcome = header if isinstance(header, Outcome) else self._judged(data, header)
+        except Exception as error:  # noqa: BLE001 - one row's decode: decoders raise anything
+            outcome = Outcome(
+                "decode", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            )
+        return replace(outcome, sha256=sha256)
+
+    def _judged(self, data: bytes, header: _Header) -> Outcome:
+        """What is refused is not even decoded."""
+        width, height = header.width, header.height
+        size = f"{width}x{height} pixels"
+        # Deep samples pass through floats of eight bytes on their way to eight bits.
+        weight = 4 if header.mode[0] in "IF" else 1
+        if width * height * weight > self._config.max_pixels:
+            most = self._config.max_pixels // weight
+            return Outcome("too_large", f"{size} of mode {header.mode}, at most {most} in all")
+        if min(width, height) < self._config.min_image_size:
+            return Outcome("too_small", f"{size}, at least {self._config.min_image_size} a side")
+        if max(width, height) > self._config.max_aspect_ratio * min(width, height):
+            return Outcome("aspect", f"{size}, at most {self._config.max_aspect_ratio:g} to 1")
+        return self._kept(data, header)
+
+    def _kept(self, data: bytes, header: _Header) -> Outcome:
+        from stages.models.images import decode
+
+        # A large JPEG is decoded at a fraction of its size that leaves the resizer enough to do.
+        drafted = header.format == "JPEG" and self._config.resize_mode != "no"
+        cover = max(_LEAST_COVER, 2 * self._config.image_size) if drafted else None
+        picture = decode(data, self._config.max_pixels, cover)
+        original = picture.size
+        if drafted:
+            original = (header.width, header.height)
+            original = original[::-1] if header.swapped else original
+        if header.profile is not None:
+            picture = to_srgb(picture, header.profile)
+        phash = perceptual_hash(picture)
+        pixels = io.BytesIO()
+        picture.save(pixels, "BMP")
+        del picture
+        image, width, height, _, _, problem = self._resizer(pixels)
+        if problem is not None or not image:
+            return Outcome("decode", f"resizing: {problem}"[:300])
+        return Outcome("success", None, None, None, phash, width, height, *original, image)
+
+
+def _header(data: bytes, content_type: str) -> _Header | Outcome:
+    from PIL import Image, UnidentifiedImageError
+
+    from stages.models.images import FORMATS
+
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            profile = image.info.get("icc_profile")
+            usable = isinstance(profile, bytes) and 0 < len(profile) <= _LARGEST_PROFILE
+            swapped = image.format == "JPEG" and _swapped(image)
+            header = _Header(
+                image.format or "", image.mode, *image.size, swapped, profile if usable else None
+            )
+    except UnidentifiedImageError:
+        kind = f" (content type {content_type[:60]})" if content_type else ""
+        what = "an empty body" if not data else f"not one of {', '.join(FORMATS)}"
+        return Outcome("not_an_image", what + kind)
+    except Image.DecompressionBombError as error:
+        return Outcome("too_large", str(error)[:300])
+    return header
+
+
+def _swapped(image: Image.Image) -> bool:
+    from PIL import ExifTags
+
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1)) in {5, 6, 7, 8}
+    except Exception:  # noqa: BLE001 - a broken EXIF block says nothing
+        return False
+
+
+def to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
+    """An RGB picture with the colours of its ICC ``profile`` converted to sRGB.
+
+    A profile of another colour space than RGB or grey, and a broken one, changes nothing.
+    """
+    from PIL import ImageCms
+
+    try:
+        transform, mode = _transform(profile)
+    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        return picture
+    if transform is None:
+        return picture
+    # A grey picture came as RGB of equal channels, so that converting it back loses nothing.
+    return ImageCms.applyTransform(picture.convert(mode), transform) or picture
+
+
+@lru_cache(maxsize=16)
+def _transform(profile: bytes) -> tuple[Any, str]:
+    """(transform to sRGB, mode that it takes); (None, "") where there is nothing to convert."""
+    from PIL import ImageCms
+
+    source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    mode = {"RGB ": "RGB", "GRAY": "L"}.get(source.profile.xcolor_space)
+    if mode is None or "sRGB" in (source.profile.profile_description or ""):
+        return None, ""
+    target = ImageCms.createProfile("sRGB")
+    return ImageCms.buildTransform(source, target, mode, "RGB"), mode
+
+
+def perceptual_hash(picture: Image.Image) -> str:
+    """256-bit DCT hash, 64 hex digits: `imagehash.phash` with ``hash_size=16``.
+
+    The hash looks at 64 x 64 grey pixels. They are made here, by box filter and then Lanczos,
+    several times faster than `imagehash` would by Lanczos alone; a bit or two may differ.
+    """
+    import imagehash
+    from PIL import Image
+
+    side = 4 * _PHASH_SIZE  # imagehash's highfreq_factor
+    grey = picture.convert("L").resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
+    return str(imagehash.phash(grey, hash_size=_PHASH_SIZE))

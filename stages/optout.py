@@ -1,0 +1,135 @@
+"""What a site says about the use of its images: headers, robots.txt and TDM reservation.
+
+img2dataset's `is_disallowed` is not used: it takes whatever stands before the first colon for the
+name of an agent, so that ``unavailable_after: …, noai`` opts nobody out.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable
+from email.message import Message
+from fnmatch import fnmatchcase
+from urllib.parse import urlsplit
+from urllib.robotparser import RobotFileParser
+
+OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
+
+# Directives of X-Robots-Tag that carry a value behind a colon, as an agent's name does.
+_WITH_VALUE = frozenset(
+    {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
+)
+_HOSTS_REMEMBERED = 10_000
+
+Read = Callable[[str], tuple[int | None, bytes]]
+"""URL → (HTTP status, or None where there was no answer; body)."""
+
+
+def header_objection(headers: Message, agent: str, directives: Collection[str]) -> str | None:
+    """Which header disallows the use to ``agent`` (lower case), or None.
+
+    X-Robots-Tag counts where it names one of ``directives`` (lower case) for everyone or for
+    ``agent``; ``TDM-Reservation: 1`` (the W3C's TDMRep) always does.
+    """
+    for value in headers.get_all("X-Robots-Tag", []):
+        found = next((d for d in _directives(str(value), agent) if d in directives), None)
+        if found is not None:
+            return f"X-Robots-Tag: {found}"
+    if str(headers.get("TDM-Reservation", "")).strip() == "1":
+        return "TDM-Reservation: 1"
+    return None
+
+
+def _directives(value: str, agent: str) -> Iterable[str]:
+    """The directives in one header that hold for ``agent``; a name holds up to the next one."""
+    holds = True
+    for part in value.lower().split(","):
+        name, colon, rest = (piece.strip() for piece in part.partition(":"))
+        if colon and name not in _WITH_VALUE:
+            holds, name = name == agent, rest
+        if holds:
+            yield name
+
+
+class SiteRules:
+    """robots.txt and /.well-known/tdmrep.json of each host, read once; serves many threads.
+
+    Args:
+        read: fetches a URL within the limits of the crawl.
+        agent: the token that robots.txt may name.
+    """
+
+    def __init__(self, read: Read, agent: str, robots: bool, tdmrep: bool) -> None:
+        self._read, self._agent = read, agent
+        self._robots, self._tdmrep = robots, tdmrep
+        self._known: OrderedDict[str, tuple[threading.Lock, list[Callable[[str], str | None]]]]
+        self._known = OrderedDict()
+        self._lock = threading.Lock()
+
+    def objection(self, url: str) -> str | None:
+        """Which of the host's rules disallows ``url``, or None."""
+        if not (self._robots or self._tdmrep):
+            return None
+        parts = urlsplit(url)
+        site = f"{parts.scheme}://{parts.netloc}"
+        with self._lock:
+            lock, rules = self._known.setdefault(site, (threading.Lock(), []))
+            self._known.move_to_end(site)
+            if len(self._known) > _HOSTS_REMEMBERED:
+                self._known.popitem(last=False)
+        with lock:  # the first to come asks the host, the others wait for what it says
+            if not rules:
+                rules.extend(self._rules(site))
+        return next((said for rule in rules if (said := rule(url)) is not None), None)
+
+    def _rules(self, site: str) -> Iterable[Callable[[str], str | None]]:
+        if self._robots:
+            yield _robots_rule(*self._read(f"{site}/robots.txt"), self._agent)
+        if self._tdmrep:
+            yield _tdm_rule(*self._read(f"{site}/.well-known/tdmrep.json"))
+
+
+def _robots_rule(code: int | None, body: bytes, agent: str) -> Callable[[str], str | None]:
+    """RFC 9309, 2.3.1: no such file allows everything, an unreachable one nothing."""
+    parser = RobotFileParser()
+    if code is not None and code < 300:
+        parser.parse(body.decode("utf-8", "replace").splitlines())
+    elif code is not None and 400 <= code < 500:
+        parser.parse([])
+    else:
+        return lambda _: f"robots.txt cannot be read (HTTP {code})" if code else "no robots.txt"
+
+    def rule(url: str) -> str | None:
+        try:
+            return None if parser.can_fetch(agent, url) else "robots.txt"
+        except ValueError:
+            return "robots.txt is unreadable"
+
+    return rule
+
+
+def _tdm_rule(code: int | None, body: bytes) -> Callable[[str], str | None]:
+    """TDMRep, 6.1: a list of {location, tdm-reservation}; the first location that fits counts."""
+    try:
+        entries = json.loads(body) if code is not None and code < 300 else []
+    except (ValueError, RecursionError):
+        entries = []
+    found = [
+        (str(entry["location"]), entry.get("tdm-reservation"))
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and "location" in entry
+    ]
+
+    def rule(url: str) -> str | None:
+        path = urlsplit(url).path or "/"
+        said = next((r for location, r in found if _fits(path, location)), 0)
+        return "tdmrep.json" if said in (1, "1") else None
+
+    return rule
+
+
+def _fits(path: str, location: str) -> bool:
+    pattern = location.replace("[", "[[]").replace("?", "[?]")
+    return fnmatchcase(path, pattern[:-1] if pattern.endswith("$") else pattern + "*")
