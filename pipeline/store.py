@@ -61,7 +61,8 @@ class Record(Config):
     """Rows by status."""
     details: dict[str, str] = Field(default_factory=dict)
     """What else is known of the work: ``weights`` of a model stage (what stood for them in the
-    fingerprint); ``file``, ``kind`` and ``identity`` of an ingested file."""
+    fingerprint) and the ``batch_size`` it ran with; ``file``, ``kind`` and ``identity`` of an
+    ingested file."""
     code_version: str
     started: float
     """Seconds since the epoch, UTC."""

@@ -69,6 +69,18 @@ class ShardStage(ABC):
     def setup(self) -> None:  # noqa: B027 - most CPU stages have nothing to load
         """Load what every call needs. Called once before the first ``process``."""
 
+    def choices(self) -> dict[str, int]:
+        """What `setup` found on its machine and what another attempt at the same shard must
+        repeat, such as a batch size. JSON; empty where nothing was found."""
+        return {}
+
+    def choose(self, choices: Mapping[str, int]) -> None:  # noqa: B027 - most have no choice
+        """Take over another attempt's `choices`."""
+
+    def facts(self) -> dict[str, str]:
+        """What is worth knowing of the last `process`, for the record."""
+        return {}
+
     @abstractmethod
     def process(self, table: pa.Table) -> pa.Table: ...
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pyarrow as pa
+from torch import Tensor
 
-from stages.base import Resources, ShardStage
-from stages.inference import InferenceConfig, batches, from_rows, open_model
+from stages.inference import InferenceConfig, ModelStage, Opened, from_rows
 from stages.models.captioner import Captioner, GenerationConfig
 from stages.schemas import CAPTIONS, IMAGES, check
 
@@ -18,7 +18,7 @@ class CaptionConfig(InferenceConfig):
     generation: GenerationConfig = GenerationConfig()
 
 
-class CaptionStage(ShardStage):
+class CaptionStage(ModelStage[CaptionConfig, Captioner]):
     """IMAGES → CAPTIONS: ``captions_per_image`` rows an image, in order.
 
     An image that cannot be decoded, and a caption without a word, gives rows with status
@@ -27,30 +27,26 @@ class CaptionStage(ShardStage):
     """
 
     name = "caption"
-    version = 1
+    version = 2
     input_schema = IMAGES
     output_schema = CAPTIONS
 
-    def __init__(self, config: CaptionConfig) -> None:
-        self.config = config
+    def load(self, opened: Opened) -> Captioner:
+        return Captioner(*opened.arguments)
 
-    @property
-    def resources(self) -> Resources:
-        return self.config.resources
-
-    def setup(self) -> None:
-        opened = open_model(self.name, self.config)
-        self._weights = opened.weights
-        self._caption = Captioner(opened.folder, opened.device, batch_size=self.config.batch_size)
+    def trial(self, pixels: Tensor) -> object:
+        longest = {"min_tokens": self.config.generation.max_tokens}
+        generation = self.config.generation.model_copy(update=longest)
+        return self.model(pixels, [b""] * len(pixels), generation)
 
     def process(self, table: pa.Table) -> pa.Table:
         table = check(table, IMAGES, "caption input")
         keys = [bytes.fromhex(sha256) for sha256 in table["sha256"].to_pylist()]
         broken: dict[int, str] = {}
         written: dict[int, list[str]] = {}
-        for batch in batches(table, self.config.batch_size, broken):
+        for batch in self.batches(table, broken):
             batch_keys = [keys[row] for row in batch.rows]
-            texts = self._caption(batch.images, batch_keys, self.config.generation)
+            texts = self.model(batch.pixels, batch_keys, self.config.generation)
             written.update(zip(batch.rows, texts, strict=True))
         rows: list[dict[str, object]] = []
         for row, sample in enumerate(table["sample_id"].to_pylist()):
@@ -67,7 +63,7 @@ class CaptionStage(ShardStage):
         )
 
     def _row(self, sample: str, index: int, text: str) -> dict[str, Any]:
-        known = {"sample_id": sample, "caption_index": index, "model": self._weights}
+        known = {"sample_id": sample, "caption_index": index, "model": self.weights}
         if not text.strip():
             return known | {"status": "failed", "detail": "empty text"}
         return known | {"text": text, "status": "success"}

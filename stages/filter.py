@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 from pydantic import Field
+from torch import Tensor
 
-from stages.base import Resources, ShardStage
 from stages.ids import pair_id
-from stages.inference import InferenceConfig, batches, from_rows, open_model
+from stages.inference import InferenceConfig, ModelStage, Opened, from_rows
 from stages.models.matcher import Matcher
 from stages.models.text import clean_caption
 from stages.schemas import IMAGES_WITH_TEXTS, SCORES, check
@@ -26,7 +26,7 @@ class FilterConfig(InferenceConfig):
     """[CLS] and [SEP] counted; what is longer is cut (35: models/blip_retrieval.py)."""
 
 
-class FilterStage(ShardStage):
+class FilterStage(ModelStage[FilterConfig, Matcher]):
     """IMAGES_WITH_TEXTS → SCORES: one row a text, image by image, in order.
 
     Status ``failed``, without scores: the texts of an image that cannot be decoded, and a text of
@@ -34,26 +34,15 @@ class FilterStage(ShardStage):
     """
 
     name = "filter"
-    version = 1
+    version = 2
     input_schema = IMAGES_WITH_TEXTS
     output_schema = SCORES
 
-    def __init__(self, config: FilterConfig) -> None:
-        self.config = config
+    def load(self, opened: Opened) -> Matcher:
+        return Matcher(*opened.arguments, max_tokens=self.config.max_tokens)
 
-    @property
-    def resources(self) -> Resources:
-        return self.config.resources
-
-    def setup(self) -> None:
-        opened = open_model(self.name, self.config)
-        self._weights = opened.weights
-        self._matcher = Matcher(
-            opened.folder,
-            opened.device,
-            batch_size=self.config.batch_size,
-            max_tokens=self.config.max_tokens,
-        )
+    def trial(self, pixels: Tensor) -> object:
+        return self.model.match(pixels, [["a " * self.config.max_tokens] * 2] * len(pixels))
 
     def process(self, table: pa.Table) -> pa.Table:
         table = check(table, IMAGES_WITH_TEXTS, "filter input")
@@ -63,10 +52,10 @@ class FilterStage(ShardStage):
         ]
         broken: dict[int, str] = {}
         scores: dict[int, dict[str, tuple[float, float]]] = {}
-        for batch in batches(table, self.config.batch_size, broken):
+        for batch in self.batches(table, broken):
             texts = [wanted[row] for row in batch.rows]
             for row, own, found in zip(
-                batch.rows, texts, self._matcher.match(batch.images, texts), strict=True
+                batch.rows, texts, self.model.match(batch.pixels, texts), strict=True
             ):
                 scores[row] = dict(zip(own, found, strict=True))
         rows = []
@@ -79,12 +68,12 @@ class FilterStage(ShardStage):
 
     def _scored(self, score: tuple[float, float] | None) -> Row:
         if score is None:
-            return {"status": "failed", "detail": "empty text", "model": self._weights}
+            return {"status": "failed", "detail": "empty text", "model": self.weights}
         if not all(map(math.isfinite, score)):
             detail = "score is not a number"
-            return {"status": "failed", "detail": detail, "model": self._weights}
+            return {"status": "failed", "detail": detail, "model": self.weights}
         itm, itc = score
-        return {"itm_score": itm, "itc_score": itc, "status": "success", "model": self._weights}
+        return {"itm_score": itm, "itc_score": itc, "status": "success", "model": self.weights}
 
     def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
         reason = {"status": status, "detail": detail}

@@ -1,19 +1,27 @@
-"""What caption, filter and embed share: where their model runs, and images in whole batches."""
+"""What caption, filter and embed share: where their model runs, and images decoded ahead of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
 import pyarrow as pa
-from PIL import Image
 from pydantic import Field
 
-from stages.base import Config, Resources, operational
+from stages.base import Config, Resources, ShardStage, operational
 from stages.errors import ConfigError
-from stages.models.images import DecodeError, decode
+from stages.models.images import DecodeError, Preprocessing, decode
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from stages.models.base import InferenceModel
 
 
 class InferenceConfig(Config):
@@ -22,31 +30,48 @@ class InferenceConfig(Config):
     model: str | None = operational(None)
     """Folder in transformers' format, or hub id; None where the run makes its own. Fingerprints
     cover the hash of its weights instead of its place."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
     """Images at once. Float sums differ between batch shapes in the last bit, so it counts as part
-    of the result."""
+    of the result. ``auto`` grows it until a GPU's memory or speed stops it, and is the default's
+    number on a CPU; what is found belongs to the shard, see `ModelStage.choices`."""
+    precision: Literal["float32", "bfloat16", "int8"] = "float32"
+    """``bfloat16`` is what GPUs are fast in; ``int8`` rounds the linear layers on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     """``auto`` is the GPU where there is one."""
     threads: int = operational(1, ge=1)
     """CPU threads of torch, for each replica."""
+    decode_threads: int = operational(1, ge=1)
+    """Threads that decode and resize images ahead of the model, for each replica."""
     resources: Resources = operational(Resources())
+
+
+C = TypeVar("C", bound=InferenceConfig)
+M = TypeVar("M", bound="InferenceModel")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """Where a stage's weights are, what they are, and the device they go to."""
+    """Where a stage's weights are, what they are, and how they will run."""
 
     folder: Path
     weights: str
     """Hash of the weights, for the ``model`` column."""
     device: str
+    dtype: torch.dtype
+    batch_size: int
+    int8: bool
+
+    @property
+    def arguments(self) -> tuple[Path, str, torch.dtype, int, bool]:
+        """The first arguments of `Captioner`, `Matcher` and `Embedder`."""
+        return self.folder, self.device, self.dtype, self.batch_size, self.int8
 
 
 def open_model(stage: str, config: InferenceConfig) -> Opened:
     """Find the model of ``config`` and set torch's threads.
 
     Raises:
-        ConfigError: no model is given, or a GPU is asked for where there is none.
+        ConfigError: no model is given, a GPU is asked for where there is none, or int8 on a GPU.
         CheckpointError: there is no model where ``model`` says.
     """
     import torch
@@ -58,39 +83,172 @@ def open_model(stage: str, config: InferenceConfig) -> Opened:
         raise ConfigError(f"{stage}.model: none given; give a model folder or a hub id")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"{stage}.device: 'cuda', but torch sees no GPU; use auto or cpu")
-    torch.set_num_threads(config.threads)
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
+    int8 = config.precision == "int8"
+    if int8 and device == "cuda":
+        raise ConfigError(f"{stage}.precision: 'int8' runs on a CPU; use bfloat16, or device cpu")
+    torch.set_num_threads(config.threads)
     folder = ModelFolder.open(config.model).path
-    return Opened(folder, weights_hash(folder), device)
+    dtype = torch.bfloat16 if config.precision == "bfloat16" else torch.float32
+    size = config.batch_size
+    if size == "auto":
+        size = type(config).model_fields["batch_size"].default
+    return Opened(folder, weights_hash(folder), device, dtype, size, int8)
+
+
+class ModelStage(ShardStage, Generic[C, M]):
+    """A shard stage around one model; its batch size is fixed shard by shard.
+
+    Row-for-row equality is promised for equal batch size, device and thread count.
+    """
+
+    model: M
+    weights: str
+
+    def __init__(self, config: C) -> None:
+        self.config = config
+
+    @property
+    def resources(self) -> Resources:
+        return self.config.resources
+
+    @abstractmethod
+    def load(self, opened: Opened) -> M:
+        """The model itself."""
+
+    @abstractmethod
+    def trial(self, pixels: Tensor) -> object:
+        """The most work that images ``pixels``, (B, 3, S, S) float32, may ordinarily take."""
+
+    def setup(self) -> None:
+        opened = open_model(self.name, self.config)
+        self.weights, self.model = opened.weights, self.load(opened)
+        if self.config.batch_size == "auto":
+            self._find_batch_size()
+        self._started_with = self.model.batch_size
+
+    def _find_batch_size(self) -> None:
+        import torch
+
+        edge = self.model.preprocessing.size
+        self.model.grow(lambda count: self.trial(torch.zeros(count, 3, edge, edge)))
+
+    def choices(self) -> dict[str, int]:
+        """The batch size, where it is ``auto``."""
+        return {"batch_size": self.model.batch_size} if self.config.batch_size == "auto" else {}
+
+    def choose(self, choices: Mapping[str, int]) -> None:
+        self.model.batch_size = choices["batch_size"]
+
+    def facts(self) -> dict[str, str]:
+        """``batch_size`` of the last table: "32", or "32, 16" where memory ran out on the way."""
+        sizes = dict.fromkeys((self._started_with, self.model.batch_size))
+        return {"batch_size": ", ".join(map(str, sizes))}
+
+    def batches(self, table: pa.Table, broken: dict[int, str]) -> Iterator[Batch]:
+        """`batches` of ``table`` for the model, on its device before it asks for them."""
+        self._started_with = size = self.model.batch_size
+        decoded = batches(
+            table, size, self.model.preprocessing, broken, threads=self.config.decode_threads
+        )
+        return self._uploaded(decoded) if self.model.device.type == "cuda" else decoded
+
+    def _uploaded(self, decoded: Iterator[Batch]) -> Iterator[Batch]:
+        """Copies the next batch on a stream of its own while the model works on this one."""
+        import torch
+
+        side = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
+        waiting: tuple[Batch, torch.Event] | None = None
+        for batch in decoded:
+            with torch.cuda.stream(side):
+                pinned = batch.pixels.pin_memory()
+                moved = Batch(batch.rows, pinned.to(self.model.device, non_blocking=True))
+                copied = side.record_event()
+            if waiting is not None:
+                yield _arrived(*waiting)
+            waiting = moved, copied
+        if waiting is not None:
+            yield _arrived(*waiting)
+
+
+def _arrived(batch: Batch, copied: torch.Event) -> Batch:
+    import torch
+
+    now = torch.cuda.current_stream(batch.pixels.device)
+    now.wait_event(copied)
+    # Its memory was made on the side stream, which must not reuse it while the model reads it.
+    batch.pixels.record_stream(now)
+    return batch
 
 
 @dataclass
 class Batch:
-    """Images that decoded: their rows in the table, and their pixels."""
+    """Images that decoded: their rows in the table, and (B, 3, S, S) float32 for the model."""
 
+    rows: list[int]
+    pixels: Tensor
+
+
+@dataclass
+class _Filling:
     rows: list[int] = field(default_factory=list)
-    images: list[Image.Image] = field(default_factory=list)
+    pixels: list[Tensor] = field(default_factory=list)
+
+    def batch(self) -> Batch:
+        import torch
+
+        return Batch(self.rows, torch.cat(self.pixels))
 
 
-def batches(table: pa.Table, size: int, broken: dict[int, str]) -> Iterator[Batch]:
+def batches(
+    table: pa.Table,
+    size: int,
+    preprocessing: Preprocessing,
+    broken: dict[int, str],
+    *,
+    threads: int = 1,
+) -> Iterator[Batch]:
     """The images of an IMAGES or IMAGES_WITH_TEXTS table, ``size`` at a time, in row order.
 
     A row whose image cannot be decoded goes to ``broken`` with the reason; the next one takes its
-    place, so that only the last batch is short. Only one batch is decoded at a time.
+    place, so that only the last batch is short. ``threads`` decode ahead, a batch at most.
     """
-    batch = Batch()
-    for row, data in enumerate(table["image"]):
-        try:
-            batch.images.append(decode(data.as_py() or b""))
-        except DecodeError as error:
-            broken[row] = str(error)
+    filling = _Filling()
+    for row, pixels in _prepared(table, preprocessing, threads, ahead=size):
+        if isinstance(pixels, str):
+            broken[row] = pixels
             continue
-        batch.rows.append(row)
-        if len(batch.rows) == size:
-            yield batch
-            batch = Batch()
-    if batch.rows:
-        yield batch
+        filling.rows.append(row)
+        filling.pixels.append(pixels)
+        if len(filling.rows) == size:
+            yield filling.batch()
+            filling = _Filling()
+    if filling.rows:
+        yield filling.batch()
+
+
+def _prepared(
+    table: pa.Table, preprocessing: Preprocessing, threads: int, ahead: int
+) -> Iterator[tuple[int, Tensor | str]]:
+    """Each row's (1, 3, S, S) float32, or why there is none; at most ``ahead`` rows wait."""
+
+    def prepare(data: bytes) -> Tensor | str:
+        try:
+            image = decode(data, cover=preprocessing.covered)
+        except DecodeError as error:
+            return str(error)
+        return preprocessing([image])
+
+    waiting: deque[tuple[int, Future[Tensor | str]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for row, data in enumerate(table["image"]):
+            waiting.append((row, pool.submit(prepare, data.as_py() or b"")))
+            if len(waiting) > ahead:
+                first, prepared = waiting.popleft()
+                yield first, prepared.result()
+        while waiting:
+            first, prepared = waiting.popleft()
+            yield first, prepared.result()
 
 
 def from_rows(rows: Sequence[dict[str, object]], schema: pa.Schema) -> pa.Table:

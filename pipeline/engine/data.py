@@ -79,8 +79,10 @@ class StageWorker:
             if self._stage is None:
                 self._stage = shards.build(self._task, plan.store)
                 self._stage.setup()
+            shards.settle(self._stage, self._task, job, plan.store)
             output = shards.run_stage(self._stage, inputs)
-            output = shards.publish(self._task, job, output, plan.store, started)
+            facts = self._stage.facts()
+            output = shards.publish(self._task, job, output, plan.store, started, facts)
         except Exception as error:  # noqa: BLE001 - the shard boundary
             told = type(error).__name__, _one_line(error)
             ray.get(plan.board.error.remote(name, job.shard, *told))

@@ -31,6 +31,7 @@ def _rows_alone(task: ShardTask, store: Store, job: ShardJob, start: int, stop: 
     stage = shards.build(task, store)
     inputs = shards.load_inputs(task.name, job, store, {})
     stage.setup()
+    shards.settle(stage, task, job, store)
     rows = stage_input(task.name, inputs).slice(start, stop - start)
     return check(stage.process(rows), stage.output_schema, f"{task.name} output")
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -79,28 +81,51 @@ def run_stage(stage: ShardStage, inputs: Tables) -> pa.Table:
     return check(stage.process(table), stage.output_schema, f"{stage.name} output")
 
 
+def settle(stage: ShardStage, task: ShardTask, job: ShardJob, store: Store) -> None:
+    """Fix what ``stage`` found on its machine in the shard's plan; a later attempt follows it."""
+    found = stage.choices()
+    if not found:
+        return
+    path = f"{_folder(task, job)}/{_fingerprint(task, job)}/plan.json"
+    store.create(path, json.dumps(found).encode())
+    stage.choose(store.read_json(path))
+
+
+def _folder(task: ShardTask, job: ShardJob) -> str:
+    scope = "" if task.scope is None else f"round={task.scope:02d}/"
+    return f"{scope}stage={task.name}/shard={job.shard}"
+
+
+def _fingerprint(task: ShardTask, job: ShardJob) -> str:
+    return job.records[task.name].rpartition("-")[2].removesuffix(".json")
+
+
 def publish(
-    task: ShardTask, job: ShardJob, output: pa.Table, store: Store, started: float
+    task: ShardTask,
+    job: ShardJob,
+    output: pa.Table,
+    store: Store,
+    started: float,
+    facts: Mapping[str, str] = MappingProxyType({}),
 ) -> pa.Table:
     """Write payloads, then the record. Returns the output that is published under the record's
     name: ours, or that of another attempt that came first."""
-    scope = "" if task.scope is None else f"round={task.scope:02d}/"
     payloads = []
     table = output
     if task.name == "download":
         folder = f"images/shard={job.shard}"
         payloads.append(store.put_named(folder, ".tar", write_tar(output)))
         table = output.drop_columns(["image"])
-    payloads.append(store.put_table(f"{scope}stage={task.name}/shard={job.shard}", table))
+    payloads.append(store.put_table(_folder(task, job), table))
     record = Record(
         stage=task.name,
         stage_version=SHARD_STAGES[task.name].version,
         round=task.scope,
         shard=job.shard,
-        fingerprint=job.records[task.name].rpartition("-")[2].removesuffix(".json"),
+        fingerprint=_fingerprint(task, job),
         payloads=tuple(payloads),
         counts=count_by(output, "status"),
-        details={"weights": task.weights} if task.weights else {},
+        details=({"weights": task.weights} if task.weights else {}) | dict(facts),
         code_version=code_version(),
         started=started,
         finished=time.time(),

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from stages.errors import ConfigError
+from stages.models.images import Preprocessing
 from stages.models.int8 import quantized
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,6 +30,8 @@ class InferenceModel:
     see `Int8Linear`; on a CPU, with ``dtype`` float32. ``batch_size``: images at once. It halves
     where memory runs out, and nothing is lost. Raises `ConfigError` for ``int8`` elsewhere.
     """
+
+    preprocessing: Preprocessing
 
     def __init__(
         self, device: str | torch.device, dtype: torch.dtype, batch_size: int, int8: bool

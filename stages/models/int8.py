@@ -45,12 +45,13 @@ class Int8Linear(nn.Module):
             levels = (part / scale).round_().to(torch.int8)
             products = torch._int_mm(levels, self.weight)
             torch.addcmul(self.bias, products * scale, self.scale, out=out[start : start + _ROWS])
-        return out.view(*states.shape[:-1], -1)
+        return out.view(*states.shape[:-1], len(self.scale))
 
 
 def _scale(rows: Tensor) -> Tensor:
     """(N, 1): what one level of each row stands for; a row of zeros takes any."""
-    return rows.abs().amax(dim=-1, keepdim=True).clamp_min_(1e-30).div_(_LEVELS)
+    largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
+    return largest.clamp_min_(1e-30).div_(_LEVELS)
 
 
 def quantized(module: M) -> M:

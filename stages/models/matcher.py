@@ -70,8 +70,8 @@ class Matcher(InferenceModel):
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 16,
-        max_tokens: int = 35,
         int8: bool = False,
+        max_tokens: int = 35,
     ) -> None:
         super().__init__(device, dtype, batch_size, int8)
         folder = ModelFolder.open(model)

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as theirs
 
 from stages.errors import CheckpointError, ConfigError
 from stages.models.captioner import Captioner, GenerationConfig
-from stages.models.decoding import Decoding, compacted
+from stages.models.decoding import Decoding
 from stages.models.images import preprocess
 from stages.models.sampling import Rules, draw, nucleus, uniforms
 from tests import tiny_models
@@ -196,12 +196,6 @@ def test_no_images(captioner: Captioner) -> None:
 def test_odd_sizes_are_captioned(captioner: Captioner) -> None:
     images = [Image.new("RGB", size, "red") for size in [(1, 1), (5000, 3), (3, 5000)]]
     assert len(captioner(images)) == 3
-
-
-def test_compaction_moves_only_what_must() -> None:
-    going = torch.tensor([True, False, True, False, True, True])
-    assert compacted(going).tolist() == [0, 4, 2, 5]
-    assert compacted(torch.tensor([False, False])).tolist() == []
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,45 @@ def test_animation_gives_its_first_frame(kind: str) -> None:
     assert np.asarray(decode(data))[0, 0].tolist() == [255, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("size", "cover", "expected"),
+    [
+        ((160, 96), 97, (160, 96)),
+        ((160, 96), 49, (160, 96)),
+        ((160, 96), 48, (80, 48)),
+        ((160, 96), 24, (40, 24)),
+        ((96, 161), 23, (24, 41)),
+        ((2000, 1600), 16, (250, 200)),
+    ],
+)
+def test_jpegs_are_decoded_at_the_smallest_scale_that_covers(
+    size: tuple[int, int], cover: int, expected: tuple[int, int]
+) -> None:
+    data = encoded(noise(*size), "JPEG")
+    assert decode(data, cover=cover).size == expected
+    assert decode(data).size == size
+
+
+@pytest.mark.parametrize("orientation", list(UNDO))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_scaled_jpegs_show_the_same_picture(mode: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    whole = corner_image().resize((320, 160), Image.Resampling.BICUBIC).convert(mode)
+    data = encoded(whole, "JPEG", exif=exif, quality=95)
+    scaled, full = decode(data, cover=40), decode(data)
+    assert scaled.mode == "RGB" and scaled.size == tuple(edge // 4 for edge in full.size)
+    reduced = np.asarray(full.resize(scaled.size, Image.Resampling.BOX)).astype(float)
+    assert np.abs(np.asarray(scaled) - reduced).mean() < 2
+
+
+def test_other_formats_and_broken_jpegs_know_no_scale() -> None:
+    image = noise(160, 96)
+    assert decode(encoded(image), cover=16).size == (160, 96)
+    with pytest.raises(DecodeError):
+        decode(encoded(image, "JPEG")[:-2000], cover=16)
+
+
 def test_too_many_pixels_are_refused_before_decoding() -> None:
     header = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
     chunk = b"IHDR" + header

@@ -6,16 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from pydantic import ValidationError
 
+from stages import inference
 from stages.base import fingerprinted
 from stages.errors import CheckpointError, ConfigError
 from stages.inference import InferenceConfig, batches, open_model
 from stages.models.checkpoints import weights_hash
-from stages.models.images import decode
+from stages.models.images import Preprocessing, decode
 from stages.schemas import IMAGES
 from tests import tiny_models
 from tests.images import cut, image_rows, jpeg
 from tests.tables import filled
+
+SMALL = Preprocessing(size=32)
 
 
 def test_broken_images_leave_their_place_to_the_next() -> None:
@@ -23,21 +28,44 @@ def test_broken_images_leave_their_place_to_the_next() -> None:
     images = [whole[0], b"", whole[1], cut(whole[0]), whole[2], whole[3], b"GIF89a", whole[4]]
     broken: dict[int, str] = {}
     table = filled(IMAGES, [*image_rows(images), {"sample_id": "none"}])
-    found = list(batches(table, 2, broken))
+    found = list(batches(table, 2, SMALL, broken, threads=3))
     assert [batch.rows for batch in found] == [[0, 2], [4, 5], [7]]
     assert sorted(broken) == [1, 3, 6, 8]
     assert all(broken.values())
-    pixels = [image.tobytes() for batch in found for image in batch.images]
-    assert pixels == [decode(image).tobytes() for image in whole]
+    expected = SMALL([decode(image) for image in whole])
+    assert torch.equal(torch.cat([batch.pixels for batch in found]), expected)
 
 
 @pytest.mark.parametrize("size", [1, 100])
 def test_any_batch_size_gives_every_image_once(size: int) -> None:
     table = filled(IMAGES, image_rows([jpeg(seed) for seed in range(3)]))
-    found = list(batches(table, size, {}))
+    found = list(batches(table, size, SMALL, {}))
     assert [row for batch in found for row in batch.rows] == [0, 1, 2]
     assert max(len(batch.rows) for batch in found) == min(size, 3)
-    assert list(batches(table.slice(0, 0), size, {})) == []
+    assert list(batches(table.slice(0, 0), size, SMALL, {})) == []
+
+
+def test_large_photos_are_decoded_at_the_scale_that_covers_the_model() -> None:
+    data = jpeg(0, (150, 80))
+    [batch] = batches(filled(IMAGES, image_rows([data])), 4, SMALL, {})
+    assert torch.equal(batch.pixels, SMALL([decode(data, cover=32)]))
+    assert not torch.equal(batch.pixels, SMALL([decode(data)]))
+
+
+def test_no_more_than_a_batch_is_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shard's pictures, decoded all at once, would not fit into memory."""
+    started: list[bytes] = []
+
+    def counted(data: bytes, **options: int) -> Image.Image:
+        started.append(data)
+        return decode(data, **options)
+
+    monkeypatch.setattr(inference, "decode", counted)
+    table = filled(IMAGES, image_rows([jpeg(seed) for seed in range(40)]))
+    found = batches(table, 4, SMALL, {}, threads=4)
+    next(found)
+    assert len(started) <= 4 + 4 + 1
+    assert sum(len(batch.rows) for batch in found) == 36
 
 
 def test_open_model_says_where_what_and_on_which_device(tmp_path: Path) -> None:
@@ -70,5 +98,12 @@ def test_a_model_that_cannot_be_opened_is_one_line(
     assert "\n" not in str(raised.value)
 
 
-def test_only_the_batch_size_counts_for_fingerprints() -> None:
-    assert fingerprinted(InferenceConfig(model="x", threads=4)) == {"batch_size": 16}
+def test_batch_size_and_precision_count_for_fingerprints() -> None:
+    config = InferenceConfig(model="x", threads=4, decode_threads=4)
+    assert fingerprinted(config) == {"batch_size": 16, "precision": "float32"}
+
+
+@pytest.mark.parametrize("size", [0, "many"])
+def test_batch_sizes_that_are_none(size: object) -> None:
+    with pytest.raises(ValidationError, match="batch_size"):
+        InferenceConfig(batch_size=size)

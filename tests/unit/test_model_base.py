@@ -1,0 +1,89 @@
+"""Batches that halve where memory runs out, and batch sizes that grow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from stages.errors import ConfigError
+from stages.models.base import InferenceModel, out_of_memory
+from stages.models.captioner import Captioner, GenerationConfig
+from tests import tiny_models
+from tests.unit.test_captioner import random_images
+
+
+def model(batch_size: int) -> InferenceModel:
+    return InferenceModel("cpu", torch.float32, batch_size, int8=False)
+
+
+def no_memory() -> RuntimeError:
+    """What torch really raises where the machine has no memory left."""
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.int8)
+    return raised.value
+
+
+def test_batches_halve_until_they_fit_and_nothing_is_lost() -> None:
+    runs, tried = model(8), []
+
+    def run(part: slice) -> list[int]:
+        tried.append(part.stop - part.start)
+        if tried[-1] > 3:
+            raise no_memory()
+        return list(range(part.start, part.stop))
+
+    assert [item for batch in runs.batches(11, run) for item in batch] == list(range(11))
+    assert tried == [8, 4, 2, 2, 2, 2, 2, 1]
+    assert runs.batch_size == 2
+
+
+def test_one_image_that_does_not_fit_is_an_error() -> None:
+    runs = model(2)
+
+    def run(part: slice) -> None:
+        raise no_memory()
+
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        list(runs.batches(2, run))
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    def run(part: slice) -> None:
+        torch.zeros(2) @ torch.zeros(3)
+
+    runs = model(4)
+    with pytest.raises(RuntimeError):
+        list(runs.batches(4, run))
+    assert runs.batch_size == 4
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert out_of_memory(MemoryError())
+    assert not out_of_memory(RuntimeError("shapes"))
+
+
+def test_a_cpu_keeps_the_size_it_starts_from() -> None:
+    assert model(16).grow(lambda count: None) == 16
+
+
+def test_a_captioner_that_runs_out_of_memory_gives_the_same_captions(tmp_path: Path) -> None:
+    folder = tiny_models.save_blip(tiny_models.captioner_model(), tmp_path / "captioner")
+    images, config = random_images(10), GenerationConfig(captions_per_image=2)
+    expected = Captioner(folder, batch_size=3)(images, config=config)
+    captioner = Captioner(folder, batch_size=6)
+    vision = captioner.vision.forward
+
+    def small_machine(pixels: torch.Tensor) -> torch.Tensor:
+        if len(pixels) > 3:
+            raise no_memory()
+        return vision(pixels)
+
+    captioner.vision.forward = small_machine
+    assert captioner(images, config=config) == expected
+    assert captioner.batch_size == 3
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("meta", torch.float32)])
+def test_int8_elsewhere_is_refused(device: str, dtype: torch.dtype) -> None:
+    with pytest.raises(ConfigError, match="int8 runs on a CPU over float32"):
+        InferenceModel(device, dtype, 1, int8=True)
