@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from stages.base import Context, DatasetStage, read_table
 from stages.download import STATUSES
 from stages.errors import LedgerError
+from stages.hosts import by_host
 from stages.ids import failed_caption_id, pair_id
 from stages.schemas import (
     CAPTIONS,
@@ -34,13 +35,15 @@ ROW_STATES = ("downloaded", "removed", *(status for status in STATUSES if status
 
 
 class LedgerStage(DatasetStage):
-    """Writes what `balance` finds to ``ledger.parquet``; its inputs are `balance`'s."""
+    """Writes what `balance` finds to ``ledger.parquet``, and the downloads by host and outcome to
+    ``hosts.parquet``; its inputs are `balance`'s."""
 
     name = "ledger"
-    version = 1
+    version = 2
 
     def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
         pq.write_table(balance(inputs), output_dir / "ledger.parquet")
+        pq.write_table(by_host(inputs["download"]), output_dir / "hosts.parquet")
 
 
 def balance(inputs: Mapping[str, Sequence[Path]]) -> pa.Table:

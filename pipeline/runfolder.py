@@ -14,8 +14,11 @@ from stages.errors import StoreError
 from stages.schemas import (
     CAPTIONS,
     CLUSTERS,
+    CONTAMINATED,
+    DEDUP,
     DOWNLOAD,
     EMBEDDINGS,
+    HOSTS,
     LEDGER,
     METRICS,
     OUTCOMES,
@@ -24,6 +27,7 @@ from stages.schemas import (
     ROWS,
     SCORES,
     SOURCES,
+    TEXTS,
     TRAINING_INDEX,
     TRAINING_LOG,
 )
@@ -60,9 +64,13 @@ _SHARD_TABLES: Mapping[str, pa.Schema] = {
 
 _FILES: Mapping[str, tuple[str, pa.Schema]] = {
     "clusters.parquet": ("clusters", CLUSTERS),
+    "contaminated.parquet": ("contaminated", CONTAMINATED),
+    "dedup.parquet": ("dedup", DEDUP),
+    "texts.parquet": ("texts", TEXTS),
     "pairs.parquet": ("pairs", PAIRS),
     "rows.parquet": ("rows", ROWS),
     "ledger.parquet": ("ledger", LEDGER),
+    "hosts.parquet": ("hosts", HOSTS),
     "index.parquet": ("index", TRAINING_INDEX),
     "log.parquet": ("training_log", TRAINING_LOG),
     "metrics.parquet": ("metrics", METRICS),

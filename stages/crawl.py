@@ -198,7 +198,7 @@ class _Shard:
         pause = max(pause, fetched.retry_after or 0.0)
         if not fetched.transient or url.attempts > config.retries:
             return False
-        if pause > max(config.max_retry_after, config.shard_timeout):
+        if (fetched.retry_after or 0.0) > config.max_retry_after:
             return False
         heapq.heappush(self._later, (time.monotonic() + pause, next(self._order), url, url.host))
         return True

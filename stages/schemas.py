@@ -49,6 +49,11 @@ DOWNLOAD = _schema(
     _DETAIL,
     ("http_code", pa.int32(), "status code of the last HTTP answer; null where there was none"),
     _SHA256,
+    (
+        "pixel_sha256",
+        _TEXT,
+        "sha256 of the decoded pixels, before resizing, in hex; null on failure",
+    ),
     ("phash", _TEXT, "256-bit perceptual (DCT) hash of the image, in hex; null on failure"),
     ("width", pa.int32(), "pixels, after resizing; null on failure"),
     ("height", pa.int32(), "pixels, after resizing; null on failure"),
@@ -100,8 +105,28 @@ EMBEDDINGS = _schema(
 CLUSTERS = _schema(
     _SAMPLE_ID,
     ("cluster_id", _TEXT, "the smallest sample_id of the cluster; equal for all duplicates"),
-    ("net", _TEXT, "the first net that tied it to its cluster: exact, perceptual, semantic; null"),
-    ("similarity", pa.float32(), "cosine to its nearest neighbour in the cluster; null if alone"),
+    ("chain_id", _TEXT, "the same before chains that join unlike images were cut"),
+    ("net", _TEXT, "the first net that tied it to another: exact, perceptual, semantic; or null"),
+    ("copy_of", _TEXT, "exact net: smallest sample_id of equal bytes or pixels; null if unique"),
+    (
+        "hamming",
+        pa.int16(),
+        "perceptual net: fewest differing bits to an image it is tied to; null",
+    ),
+    ("similarity", pa.float32(), "highest cosine to an image it is tied to; null if to none"),
+)
+
+CONTAMINATED = _schema(
+    ("sample_id", _TEXT, "web or human sample that shows a picture of an evaluation set"),
+    ("collides_with", _TEXT, "<set>/<file>, or <set>/<row> of a file of embeddings"),
+    ("net", _TEXT, "the first net that found it: exact, perceptual or semantic"),
+    ("similarity", pa.float32(), "cosine to it, 1 for copies; null without embeddings"),
+)
+
+DEDUP = _schema(
+    ("net", _TEXT, "exact, perceptual, semantic; clusters for what they made; contamination"),
+    ("metric", _TEXT, "copies, pairs, recall, reach, widest_cosine, …"),
+    ("value", pa.float64(), "the figure; shares and recalls are 0 to 1"),
 )
 
 PAIRS = _schema(
@@ -119,11 +144,27 @@ PAIRS = _schema(
     _DETAIL,
 )
 
+TEXTS = _schema(
+    ("text", _TEXT, "normal form of texts that are alike: letters alone, case folded"),
+    ("source", _TEXT, "web or synthetic"),
+    ("images", pa.int64(), "distinct samples that have such a text"),
+    ("good", pa.int64(), "pairs with it that no other rule refused"),
+    ("capped", pa.int64(), "of these, rejected as more than select.text_cap"),
+)
+
 ROWS = _schema(
     _ROW_ID,
     _SAMPLE_ID,
     ("state", _TEXT, "downloaded, duplicate_row, removed, or the reason of failure"),
     _SHARD,
+)
+
+HOSTS = _schema(
+    ("host", _TEXT, "host name of the URL, lower case; null for rows without one"),
+    ("status", _TEXT, "as in the download table"),
+    ("http_code", pa.int32(), "status code of the last HTTP answer; null where there was none"),
+    ("count", pa.int64(), "how many rows ended so"),
+    ("detail", _TEXT, "of one of them, what went wrong in words"),
 )
 
 LEDGER = _schema(

@@ -12,7 +12,8 @@ now and then), ``/dripheader``, ``/reset``, ``/cut`` (shorter than declared), ``
 ``/declared`` (says it is huge), ``/gzipbomb``, ``/hugeheader``, ``/nothttp``, ``/empty``,
 ``/html``, ``/htmlimage`` (HTML called image/jpeg), ``/svg``, ``/loop``,
 ``/to?URL`` (redirects there), ``/noai`` ``/noindex`` ``/foragent`` (opt-out headers),
-``/flaky/N/...`` (503 for the first N requests).
+``/flaky/N/...`` (503 for the first N requests), ``/slow/S/...`` (an image after S seconds),
+``/later/S/...`` (429 once, asking for S seconds of peace).
 """
 
 from __future__ import annotations
@@ -74,15 +75,18 @@ class Page:
 
 class WebServer:
     """Serves until the ``with`` block ends. ``hits`` counts requests by path, ``agents`` keeps the
-    user agents that came."""
+    user agents that came, ``most_at_once`` how many requests were open together."""
 
     def __init__(self, host: str = "web.test", seconds: float = 30.0) -> None:
         self.host = host
         self.seconds = seconds  # how long a server that hangs does so
         self.hits: Counter[str] = Counter()
+        self.times: dict[str, list[float]] = {}  # of `time.monotonic`, a request each
+        self.at_once = self.most_at_once = 0
         self.agents: set[str] = set()
         self.pages: dict[str, Page] = {}
         self.closing = threading.Event()
+        self.counting = threading.Lock()
         owner = self
 
         class Handler(_Handler):
@@ -154,11 +158,13 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(self.path)
         self.web.hits[path] += 1
         self.web.agents.add(self.headers.get("User-Agent", ""))
+        self.web.times.setdefault(path, []).append(time.monotonic())
         if path in self.web.pages:
             page = self.web.pages[path]
             return self.answer(page.body, page.status, **page.headers)
-        if path.startswith("/flaky/"):
-            return self.flaky(path)
+        kind = path.split("/")[1] if path.count("/") > 1 else ""
+        if kind in {"flaky", "slow", "later"}:
+            return {"flaky": self.flaky, "slow": self.slow, "later": self.later}[kind](path)
         if path.startswith("/to?"):
             return self.answer(b"", 302, Location=path.removeprefix("/to?"))
         name = path.strip("/")
@@ -180,6 +186,20 @@ class _Handler(BaseHTTPRequestHandler):
         if self.web.hits[path] <= failures:
             return self.answer(b"busy", 503)
         return self.answer(picture())
+
+    def slow(self, path: str) -> None:
+        with self.web.counting:
+            self.web.at_once += 1
+            self.web.most_at_once = max(self.web.most_at_once, self.web.at_once)
+        self.wait(float(path.split("/")[2]))
+        with self.web.counting:
+            self.web.at_once -= 1
+        self.answer(picture())
+
+    def later(self, path: str) -> None:
+        if self.web.hits[path] > 1:
+            return self.answer(picture())
+        return self.answer(b"slow down", 429, **{"Retry-After": path.split("/")[2]})
 
     def wait(self, seconds: float | None = None) -> bool:
         """False once the server closes."""

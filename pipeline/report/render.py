@@ -20,6 +20,7 @@ from pipeline.report import page
 from pipeline.report.charts import histogram, swatch
 from pipeline.report.collect import RoundFacts, RunFacts, read_facts, read_histogram
 from pipeline.report.funnel import accounts, funnels, reasons
+from pipeline.report.hosts import read_hosts
 from pipeline.report.metrics import loss_charts, splits
 from pipeline.report.safe import plain
 from pipeline.report.samples import Samples, read_samples
@@ -74,6 +75,7 @@ def render(store: Store) -> str:
             **_whole_run(facts),
             shown=shown,
             samples=samples,
+            hosts=read_hosts(store, facts.rounds),
             histograms=_histograms(store, shown, facts.config) if shown is not None else [],
         )
     )

@@ -1,0 +1,139 @@
+"""Many URLs of many hosts at once: politeness, patience, and an end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from email.utils import format_datetime
+
+import pytest
+
+from stages.crawl import Crawler
+from stages.fetch import FetchConfig, Fetched, _seconds
+from tests.servers import WebServer, picture
+
+
+@pytest.fixture
+def web() -> Iterator[WebServer]:
+    with WebServer() as server:
+        yield server
+
+
+def crawl(web: WebServer, *paths: str, **options: object) -> dict[str, Fetched]:
+    with_defaults = {"timeout": 5.0, "retries": 0, "backoff": 0.01, "connect_to": web.connect_to}
+    crawler = Crawler(FetchConfig(**{**with_defaults, **options}))
+    found = list(crawler.fetch_all({path: web.url(path) for path in paths}))
+    crawler.close()
+    assert sorted(key for key, _ in found) == sorted(paths), "each key once"
+    return dict(found)
+
+
+def statuses(found: dict[str, Fetched]) -> dict[str, str]:
+    return {path: fetched.status for path, fetched in found.items()}
+
+
+def test_one_host_gets_so_many_requests_at_a_time(web: WebServer) -> None:
+    paths = [f"/slow/0.05/{i}" for i in range(12)]
+    assert set(statuses(crawl(web, *paths, host_connections=3, threads=12)).values()) == {"success"}
+    assert web.most_at_once <= 3
+
+
+def test_a_slow_host_delays_nobody_else(web: WebServer) -> None:
+    with WebServer("other.test") as other:
+        both = {**web.connect_to, **other.connect_to}
+        config = FetchConfig(timeout=1.0, retries=0, connect_to=both, host_connections=1, threads=2)
+        urls = {f"slow {i}": web.url("/slow/0.3/x") for i in range(3)}
+        urls |= {f"fast {i}": other.serve(f"/{i}.jpg", picture()) for i in range(8)}
+        crawler = Crawler(config)
+        order = [key for key, _ in crawler.fetch_all(urls)]
+        crawler.close()
+    assert order[-1].startswith("slow")
+    assert order.index("slow 1") > max(order.index(f"fast {i}") for i in range(8))
+
+
+def test_a_pause_that_the_host_asks_for_is_kept(web: WebServer) -> None:
+    start = time.monotonic()
+    found = crawl(web, "/later/1/1", "/later/1/2", retries=1)
+    assert set(statuses(found).values()) == {"success"}
+    assert time.monotonic() - start >= 1
+    assert len(web.times["/later/1/1"]) == 2
+    first, again = web.times["/later/1/1"]
+    assert again - first >= 1
+
+
+def test_who_asks_for_too_long_a_pause_is_set_aside(web: WebServer) -> None:
+    paths = [f"/later/3600/{i}" for i in range(5)]
+    found = crawl(web, *paths, retries=2, host_connections=1)
+    assert set(statuses(found).values()) == {"http_4xx"}
+    assert {fetched.transient for fetched in found.values()} == {True}
+    assert sum(web.hits[path] for path in paths) == 1
+    assert sum("set aside" in (fetched.detail or "") for fetched in found.values()) == 4
+
+
+def test_a_host_that_keeps_failing_is_set_aside(web: WebServer) -> None:
+    options = {"host_failures": 4, "host_connections": 2, "retries": 0}
+    config = FetchConfig(connect_to=web.connect_to, **options)
+    crawler = Crawler(config)
+    web.serve("/good.jpg", picture())
+    urls = {f"{i}": web.url(f"/flaky/99/{i}") for i in range(20)}
+    found = dict(crawler.fetch_all(urls))
+    tried = sum(web.hits[f"/flaky/99/{i}"] for i in range(20))
+    assert {fetched.status for fetched in found.values()} == {"http_5xx"}
+    assert 4 <= tried <= 5
+    # The next shard asks once, and no more while the host fails.
+    assert {f.status for _, f in crawler.fetch_all(urls)} == {"http_5xx"}
+    assert sum(web.hits[f"/flaky/99/{i}"] for i in range(20)) == tried + 1
+    # Once it answers, all of its URLs are fetched again.
+    well = {"good": web.url("/good.jpg"), "404": web.url("/404"), "more": web.url("/good.jpg")}
+    answered = {key: fetched.status for key, fetched in crawler.fetch_all(well)}
+    assert answered == {"good": "success", "404": "http_4xx", "more": "success"}
+    crawler.close()
+
+
+def test_what_never_comes_is_a_timeout_when_the_shard_is_over(web: WebServer) -> None:
+    start = time.monotonic()
+    web.serve("/good.jpg", picture())
+    found = crawl(
+        web, "/good.jpg", "/hang", "/drip", timeout=60.0, total_timeout=60.0, shard_timeout=0.6
+    )
+    assert statuses(found) == {"/good.jpg": "success", "/hang": "timeout", "/drip": "timeout"}
+    assert time.monotonic() - start < 10
+    for path in ("/hang", "/drip"):
+        assert found[path].transient
+
+
+def test_large_bodies_share_a_bounded_memory(web: WebServer) -> None:
+    body = b"\xff\xd8\xff" + bytes(5 << 20)
+    paths = [f"/large{i}.jpg" for i in range(12)]
+    for path in paths:
+        web.serve(path, body)
+    crawler = Crawler(FetchConfig(connect_to=web.connect_to, max_bytes=6 << 20, threads=12))
+    crawler._fetcher._memory._left = 12 << 20
+    at_once = []
+    for _, fetched in crawler.fetch_all({path: web.url(path) for path in paths}):
+        assert fetched.status == "success", fetched.detail
+        at_once.append(crawler._fetcher._memory._left)
+    assert min(at_once) >= 0
+    deadline = time.monotonic() + 5
+    while crawler._fetcher._memory._left < 12 << 20 and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    assert crawler._fetcher._memory._left == 12 << 20
+    crawler.close()
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-1", "1.5", "Mon, 99 Nov 2099", "٣", "0x10"])
+def test_a_pause_that_cannot_be_read_is_none(text: str) -> None:
+    assert _seconds(text) is None
+
+
+def test_pauses_are_seconds_or_dates() -> None:
+    import datetime
+
+    assert _seconds("120") == 120
+    assert _seconds("9" * 400) == 999_999_999
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=100)
+    found = _seconds(format_datetime(later, usegmt=True))
+    assert found is not None
+    assert 90 < found <= 100
+    assert _seconds("Sun, 06 Nov 1994 08:49:37 GMT") == 0
