@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stages.models.med import Med
 from stages.training.parallel import Alone, load_optimizer, whole_optimizer
 
 
-def hidden_matrices(med: Med) -> list[nn.Parameter]:
+def hidden_matrices(med: Med) -> list[Tensor]:
     """Weights of the linear layers, each once, but for those that give the logits of a loss."""
     outputs = {id(med.itm_head), id(med.text_decoder.cls.predictions.decoder)}
     return [

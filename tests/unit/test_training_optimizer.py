@@ -18,7 +18,7 @@ from tests.toy_pairs import DyingContext, Killed
 from tests.unit.test_training_loop import set_up
 
 
-def names_of(med: Med, parameters: list[torch.nn.Parameter]) -> set[str]:
+def names_of(med: Med, parameters: list[torch.Tensor]) -> set[str]:
     wanted = {id(p) for p in parameters}
     return {name for name, p in med.named_parameters() if id(p) in wanted}
 
