@@ -28,7 +28,7 @@ from pipeline.ledger import LedgerStage
 from pipeline.store import fingerprint
 from stages.assemble import AssembleStage
 from stages.base import Config, DatasetStage
-from stages.dedup import DedupStage
+from stages.dedup import EVALUATION, DedupStage
 from stages.errors import SourceError
 from stages.evaluate import EvaluateStage
 from stages.finetune import CaptionerFinetune, FilterFinetune
@@ -97,6 +97,7 @@ def plan_round(
     models: Mapping[str, Model],
     world: str | None,
     inherited: Mapping[tuple[str, str], str],
+    earlier: DatasetTask | None = None,
 ) -> RoundPlan:
     """The plan of round ``number``.
 
@@ -105,10 +106,11 @@ def plan_round(
             the pairs as they came.
         world: folder of the sample world, whose truth the round is held against.
         inherited: see `pipeline.dag.plan_shards`.
+        earlier: the dedup of the round before, if it had one.
     """
     raw = not models
     tasks = shard_tasks(config, number, lambda s: (models[s].ref, models[s].weights), raw)
-    return _Planner(config, number, shards, tasks, inherited, world).plan()
+    return _Planner(config, number, shards, tasks, inherited, world, earlier).plan()
 
 
 class _Planner:
@@ -120,9 +122,11 @@ class _Planner:
         tasks: Sequence[ShardTask],
         inherited: Mapping[tuple[str, str], str],
         world: str | None,
+        earlier: DatasetTask | None,
     ) -> None:
         self._config, self._number, self._shards = config, number, shards
         self._tasks, self._inherited, self._world = tasks, inherited, world
+        self._earlier = earlier
         self._raw = len(tasks) == 1
         # Nothing is scored in a raw round, so no threshold may reach its fingerprints: a new one
         # must not train the first models again.
@@ -150,11 +154,11 @@ class _Planner:
         tables = {name: self._tables(name) for name in ("sources", "download")}
         done = []
         if not self._raw:
-            embeddings = {"download": tables["download"], "embeddings": self._tables("embed")}
-            done.append(self._task(DedupStage(config.dedup), config.dedup, embeddings))
+            done.append(self._dedup(tables["download"]))
             tables["captions"] = self._tables("caption")
             tables["scores"] = self._tables("filter")
             tables["clusters"] = _output(done[0], "*/clusters.parquet")
+            tables["contaminated"] = _output(done[0], "*/contaminated.parquet")
         select = self._task(SelectStage(self._select, names), self._select, tables)
         pairs = _output(select, "*/pairs.parquet")
         images = Published(tuple(self._records["download"]), "*.tar")
@@ -174,6 +178,20 @@ class _Planner:
         }
         ledger = self._task(LedgerStage(), None, books)
         return (*done, select, assemble, ledger)
+
+    def _dedup(self, download: Published) -> DatasetTask:
+        config = self._config
+        inputs: dict[str, Published | str] = {
+            "download": download,
+            "embeddings": self._tables("embed"),
+            **{f"{EVALUATION}{name}": path for name, path in evaluation_sets(config).items()},
+        }
+        embedder = next(task.model for task in self._tasks if task.name == "embed")
+        if embedder is not None and len(inputs) > 2:
+            inputs["embedder"] = absolute(embedder)
+        if self._earlier is not None:
+            inputs["earlier"] = _output(self._earlier, "*/clusters.parquet")
+        return self._task(DedupStage(config.dedup, config.download), config.dedup, inputs)
 
     def _training(self, assemble: DatasetTask) -> tuple[DatasetTask, ...]:
         config = self._config
@@ -271,6 +289,23 @@ def probes(config: RunConfig) -> dict[str, Published | str]:
             raise SourceError(f"{split}: {folder}: no {ANNOTATIONS} in it; give a probe folder")
         given[split] = folder
     return given
+
+
+def evaluation_sets(config: RunConfig) -> dict[str, str]:
+    """Pictures that must not be trained on, by name: the run's probes and ``dedup.evaluation``.
+
+    Raises:
+        SourceError: one is not there.
+    """
+    sets = {name: folder for name, folder in probes(config).items() if isinstance(folder, str)}
+    for number, path in enumerate(config.dedup.evaluation):
+        if not Path(path).exists():
+            raise SourceError(
+                f"dedup.evaluation: {path}: not there; give a folder or tar of images, or Parquet "
+                "with a column `embedding`"
+            )
+        sets[f"{number}-{Path(path).name}"] = path
+    return {name: absolute(path) for name, path in sets.items()}
 
 
 def absolute(folder: str) -> str:

@@ -121,16 +121,22 @@ class _Loop:
         first = self._config.first_round
         models = self._released() if first == 1 else {}
         inherited: dict[tuple[str, str], str] = {}
+        deduped: DatasetTask | None = None
         for number in range(first, self._config.rounds.count + 1):
             self._screen.begin_round(number, "raw pairs" if not models else "bootstrapping")
-            plan = self._plan(number, models, inherited)
+            plan = self._plan(number, models, inherited, deduped)
             self._round(plan)
+            deduped = plan.task("dedup") if models else None
             models = self._gate(plan, models)
             if self._config.rounds.relabel == "new":
                 inherited = _labelled(plan)
 
     def _plan(
-        self, number: int, models: Mapping[str, Model], inherited: Mapping[tuple[str, str], str]
+        self,
+        number: int,
+        models: Mapping[str, Model],
+        inherited: Mapping[tuple[str, str], str],
+        deduped: DatasetTask | None,
     ) -> RoundPlan:
         """The round's plan. Its shards are fixed when it begins: files that arrive later wait
         for the next round, so that a resumed round is the round that was begun."""
@@ -140,7 +146,7 @@ class _Loop:
             shards = ingest(self._config, self._store)
         else:
             shards = {name: (kind, record) for name, (kind, record) in begun["shards"].items()}
-        plan = plan_round(self._config, number, shards, models, self._world, inherited)
+        plan = plan_round(self._config, number, shards, models, self._world, inherited, deduped)
         self._store.write_json(path, plan.document(gate_record(self._config, plan, models)))
         return plan
 

@@ -62,7 +62,7 @@ class DownloadStage(ShardStage):
     """
 
     name = "download"
-    version = 2
+    version = 3
     input_schema = SOURCES
     output_schema = DOWNLOAD
 

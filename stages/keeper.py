@@ -79,6 +79,7 @@ class Outcome:
     original_width: int | None = None
     original_height: int | None = None
     image: bytes | None = None
+    pixel_sha256: str | None = None
 
 
 class _Header(NamedTuple):
@@ -158,14 +159,15 @@ class ImageKeeper:
             original = original[::-1] if header.swapped else original
         if header.profile is not None:
             picture = to_srgb(picture, header.profile)
-        phash = perceptual_hash(picture)
+        phash, pixel_sha256 = perceptual_hash(picture), pixel_hash(picture)
         pixels = io.BytesIO()
         picture.save(pixels, "BMP")
         del picture
         image, width, height, _, _, problem = self._resizer(pixels)
         if problem is not None or not image:
             return Outcome("decode", f"resizing: {problem}"[:300])
-        return Outcome("success", None, None, None, phash, width, height, *original, image)
+        size = (width, height, *original)
+        return Outcome("success", None, None, None, phash, *size, image, pixel_sha256)
 
 
 def _header(data: bytes, content_type: str) -> _Header | Outcome:
@@ -227,6 +229,13 @@ def _transform(profile: bytes) -> tuple[Any, str]:
         return None, ""
     target = ImageCms.createProfile("sRGB")
     return ImageCms.buildTransform(source, target, mode, "RGB"), mode
+
+
+def pixel_hash(picture: Image.Image) -> str:
+    """sha256 of size and pixels, in hex: equal for one picture in two lossless files."""
+    state = hashlib.sha256(repr((picture.mode, picture.size)).encode())
+    state.update(picture.tobytes())
+    return state.hexdigest()
 
 
 def perceptual_hash(picture: Image.Image) -> str:

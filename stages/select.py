@@ -9,6 +9,7 @@ A pair's state follows from three questions, asked in turn:
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -22,7 +23,18 @@ from pydantic import Field
 from stages.base import Config, Context, DatasetStage, read_table
 from stages.ids import failed_caption_id, pair_id
 from stages.models.text import clean_caption
-from stages.schemas import CAPTIONS, CLUSTERS, DOWNLOAD, PAIRS, ROWS, SCORES, SOURCES, check
+from stages.schemas import (
+    CAPTIONS,
+    CLUSTERS,
+    CONTAMINATED,
+    DOWNLOAD,
+    PAIRS,
+    ROWS,
+    SCORES,
+    SOURCES,
+    TEXTS,
+    check,
+)
 
 
 class SelectConfig(Config):
@@ -35,23 +47,28 @@ class SelectConfig(Config):
     texts of a weak captioner may want a stricter one."""
     keep: Literal["web", "synthetic", "both"] = "both"
     """Which texts of web images may be kept at all; for ablations."""
+    text_cap: int | None = Field(None, ge=1)
+    """At most so many images keep the same text of one source, web or synthetic, case, digits and
+    punctuation aside: those that it matches best. None: any number."""
 
 
 class SelectStage(DatasetStage):
     """Every source row and every pair, each with its one final state.
 
     Inputs: ``sources`` and ``download``, a file a shard, in the order of ``shards``; in rounds
-    with models also ``captions`` and ``scores``; ``clusters`` and ``tombstones`` (tables with a
-    ``sample_id``) where there are any. Without scores, every text that is not empty is good.
+    with models also ``captions`` and ``scores``; ``clusters``, ``contaminated`` and ``tombstones``
+    (tables with a ``sample_id``) where there are any. Without scores, every text that is not empty
+    is good. A cluster with a contaminated image is contaminated as a whole.
 
-    Writes ``rows.parquet`` (ROWS, in source order) and ``pairs.parquet`` (PAIRS, by shard and
-    sample). A pair that several rows or shards repeat is one pair. Human pairs are kept
-    unfiltered and never merged. A caption that could not be written is a pair without text, its
-    id from `failed_caption_id`.
+    Writes ``rows.parquet`` (ROWS, in source order), ``pairs.parquet`` (PAIRS, by shard and
+    sample) and ``texts.parquet`` (TEXTS), the thousand texts that most images share. A pair that
+    several rows or shards repeat is one pair. Human pairs are kept unless contaminated, unfiltered
+    and never merged. A caption that could not be written is a pair without text, its id from
+    `failed_caption_id`.
     """
 
     name = "select"
-    version = 1
+    version = 2
 
     def __init__(self, config: SelectConfig, shards: Sequence[str]) -> None:
         self.config = config
@@ -73,10 +90,14 @@ class SelectStage(DatasetStage):
                 "scored": bool(inputs.get("scores")),
             }
             connection.execute(_ALONE, rules)
+            connection.execute(_CAPPED, {"cap": self.config.text_cap})
+            texts = connection.sql(_TEXTS).to_arrow_table()
+            connection.execute(_CAP)
             connection.execute(_SURVIVORS)
             pairs = connection.sql(_FINAL).to_arrow_table()
         pq.write_table(check(rows, ROWS, "select"), output_dir / "rows.parquet")
         pq.write_table(check(pairs, PAIRS, "select"), output_dir / "pairs.parquet")
+        pq.write_table(check(texts, TEXTS, "select"), output_dir / "texts.parquet")
 
     def _register(
         self, connection: duckdb.DuckDBPyConnection, inputs: Mapping[str, Sequence[Path]]
@@ -100,7 +121,8 @@ class SelectStage(DatasetStage):
 
 
 def name_pairs(pairs: pa.Table) -> pa.Table:
-    """``pairs`` with ``pair_id``, and ``cleaned``: the text as the models see it, null for none."""
+    """``pairs`` with ``pair_id``; ``cleaned``, the text as the models see it, null for none; and
+    ``normal``, in which texts that differ in case, digits or punctuation are one."""
     columns = (pairs[name].to_pylist() for name in ("sample_id", "source", "text", "caption_index"))
     identities = [
         failed_caption_id(sample, index) if text is None else pair_id(sample, source, text)
@@ -108,7 +130,16 @@ def name_pairs(pairs: pa.Table) -> pa.Table:
     ]
     cleaned = [None if text is None else clean_caption(text) for text in pairs["text"].to_pylist()]
     named = pairs.append_column("pair_id", pa.array(identities, pa.string()))
-    return named.append_column("cleaned", pa.array(cleaned, pa.string()))
+    normal = [None if text is None else normal_form(text) for text in cleaned]
+    named = named.append_column("cleaned", pa.array(cleaned, pa.string()))
+    return named.append_column("normal", pa.array(normal, pa.string()))
+
+
+def normal_form(text: str) -> str:
+    """``text``'s letters, case folded, in words: "Photo #12 of 40!" and "photo of" are alike. A
+    text without a letter stands for itself."""
+    letters = "".join(c if c.isalpha() or unicodedata.combining(c) else " " for c in text)
+    return " ".join(letters.casefold().split()) or text
 
 
 _READS: Mapping[str, tuple[pa.Schema, tuple[str, ...]]] = {
@@ -123,6 +154,7 @@ _READS: Mapping[str, tuple[pa.Schema, tuple[str, ...]]] = {
     "captions": (CAPTIONS, ("sample_id", "caption_index", "text", "status", "detail")),
     "scores": (SCORES, ("pair_id", "itm_score", "itc_score", "status", "detail")),
     "clusters": (CLUSTERS, ("sample_id", "cluster_id")),
+    "contaminated": (CONTAMINATED, ("sample_id", "collides_with")),
     "tombstones": (pa.schema([SOURCES.field("sample_id")]), ("sample_id",)),
 }
 
@@ -159,11 +191,19 @@ WITH images AS (
 ), scored AS (
     SELECT * FROM scores
     QUALIFY row_number() OVER (PARTITION BY pair_id ORDER BY status <> 'success', position) = 1
+), leaks AS (
+    -- Of a sample, or of one that shows the same picture.
+    SELECT coalesce(c.sample_id, b.sample_id) AS sample_id, min(b.collides_with) AS collides_with
+    FROM (
+        SELECT l.sample_id, l.collides_with, c.cluster_id
+        FROM contaminated l LEFT JOIN clusters c USING (sample_id)
+    ) b LEFT JOIN clusters c USING (cluster_id) GROUP BY ALL
 ), verdicts AS (
     SELECT p.* EXCLUDE (status, detail), i.shard, i.url, i.pixels, s.itm_score, s.itc_score,
         CASE WHEN source <> 'human' THEN coalesce(c.cluster_id, p.sample_id) END AS cluster_id,
         CASE
             WHEN p.sample_id IN (SELECT sample_id FROM tombstones) THEN ['removed']
+            WHEN l.collides_with IS NOT NULL THEN ['contaminated', l.collides_with]
             WHEN p.text IS NULL THEN [p.status, p.detail]
             WHEN p.cleaned = '' THEN ['failed', 'empty text']
             WHEN source = 'human' THEN ['good']
@@ -180,8 +220,41 @@ WITH images AS (
     LEFT JOIN images i USING (sample_id)
     LEFT JOIN scored s USING (pair_id)
     LEFT JOIN clusters c USING (sample_id)
+    LEFT JOIN leaks l USING (sample_id)
 )
 SELECT * EXCLUDE verdict, verdict[1] AS state, verdict[2] AS detail FROM verdicts
+"""
+
+# Images count, not files: copies of one picture share a cluster, and a turn.
+_CAPPED = """
+CREATE TEMP TABLE capped AS
+WITH turns AS (
+    SELECT pair_id, min(place) OVER (PARTITION BY source, normal, cluster_id) AS place
+    FROM (
+        SELECT pair_id, source, normal, cluster_id, row_number() OVER (
+            PARTITION BY source, normal ORDER BY itm_score DESC NULLS LAST, pair_id
+        ) AS place
+        FROM alone WHERE state = 'good' AND source <> 'human'
+    )
+), ranked AS (
+    SELECT pair_id, dense_rank() OVER (PARTITION BY source, normal ORDER BY place) AS turn
+    FROM turns JOIN alone USING (pair_id)
+)
+SELECT pair_id FROM ranked WHERE $cap IS NOT NULL AND turn > $cap
+"""
+
+_CAP = """
+UPDATE alone SET state = 'rejected', detail = 'more images than select.text_cap have such a text'
+WHERE pair_id IN (SELECT pair_id FROM capped)
+"""
+
+_TEXTS = """
+SELECT normal AS text, source, count(DISTINCT sample_id) AS images,
+    count(*) FILTER (state = 'good') AS good,
+    count(*) FILTER (pair_id IN (SELECT pair_id FROM capped)) AS capped
+FROM alone WHERE source <> 'human' AND normal <> ''
+GROUP BY normal, source HAVING count(DISTINCT sample_id) > 1
+ORDER BY images DESC, text, source LIMIT 1000
 """
 
 _SURVIVORS = """

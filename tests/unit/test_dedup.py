@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages import dedup
 from stages.base import LocalContext
-from stages.dedup import DedupConfig, DedupStage, UnionFind
+from stages.dedup import DedupConfig, DedupStage, UnionFind, search
 from stages.errors import RunError
+from stages.keeper import ImageConfig
 from stages.schemas import CLUSTERS, DOWNLOAD, EMBEDDINGS
 from tests.tables import filled, write_shards
 
@@ -51,7 +51,7 @@ def run(
         "download": write_shards(folder, "download", downloads),
         "embeddings": write_shards(folder, "embeddings", vectors),
     }
-    DedupStage(config or DedupConfig()).run(inputs, folder, LocalContext())
+    DedupStage(config or DedupConfig(), ImageConfig()).run(inputs, folder, LocalContext())
     table = pq.read_table(folder / "clusters.parquet")
     assert table.schema == CLUSTERS
     return {row["sample_id"]: row for row in table.to_pylist()}
@@ -207,7 +207,7 @@ def test_equals_brute_force_in_any_order_of_shards(
     expected = brute_force(rows, vectors, config)
     assert 20 < len(expected) < 280
 
-    monkeypatch.setattr(dedup, "_BLOCK", 64)
+    monkeypatch.setattr(search, "_BLOCK", 64)
     seen = []
     for seed in range(3):
         order = RNG(seed).permutation(len(rows))

@@ -1,0 +1,15 @@
+"""Which images show the same picture: three nets, and the clusters they tie.
+
+    exact       equal sha256 of the bytes, or of the decoded pixels
+    perceptual  close 256-bit DCT hashes, and embeddings that agree (hashes alone collide)
+    semantic    close embeddings
+
+`hashes` and `search` find what each net ties, `clusters` joins it, `contamination` looks for
+pictures of evaluation sets, `stage` puts them together.
+"""
+
+from stages.dedup.config import DedupConfig, SearchConfig
+from stages.dedup.stage import EVALUATION, DedupStage
+from stages.dedup.ties import UnionFind
+
+__all__ = ["EVALUATION", "DedupConfig", "DedupStage", "SearchConfig", "UnionFind"]

@@ -1,0 +1,61 @@
+"""What counts as the same picture, and how hard to look for it."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from stages.base import Config
+
+
+class SearchConfig(Config):
+    """The search for close embeddings. Up to ``exhaustive_below`` images every pair is looked at;
+    beyond, images are parted into cells, and those near a border are compared across it."""
+
+    exhaustive_below: int = Field(20_000, ge=0)
+    cells: int | None = Field(None, ge=1)
+    """How many cells. None: twice the square root of the number of images."""
+    reach: float = Field(0.2, gt=0, le=1)
+    """How near to a border an image is compared across it, as a share of the distance at which
+    no close pair can be missed. 1 finds every pair and costs as much as looking at all of them."""
+    max_reach: float = Field(1.0, gt=0, le=1)
+    """``reach`` is raised by half up to this where too few pairs are found."""
+    recall: float = Field(0.995, ge=0, le=1)
+    """Of the close pairs of a sample of images, at least this share must be found."""
+    sample: int = Field(2_000, ge=1)
+    """Images that are compared with all others to measure the recall."""
+
+
+class DedupConfig(Config):
+    """When two images are the same picture.
+
+    Of the labelled pairs of real photos that the defaults were read from, ``same_picture`` lie at
+    a Hamming distance of 0 to 44 (one at 90), and ``different`` pairs at 86 or more.
+    """
+
+    perceptual_distance: int | None = Field(32, ge=0, le=256)
+    """At most so many of the 256 bits of two perceptual hashes may differ. None: net off."""
+    perceptual_cosine: float | None = Field(0.9, ge=-1, le=1)
+    """Perceptual closeness counts only where the embeddings' cosine is at least this. None: close
+    hashes are enough, embeddings or not."""
+    semantic_cosine: float | None = Field(0.97, ge=-1, le=1)
+    """A cosine of at least this is enough alone. None: net off."""
+    cluster_cosine: float | None = Field(0.85, ge=-1, le=1)
+    """Guard against chains: each image of a cluster has at least this cosine to the one in its
+    middle, or the cluster is parted. Never stricter than the nets. None: no guard."""
+    evaluation: tuple[str, ...] = ()
+    """Evaluation sets whose pictures must not be trained on: folders and tars of images, or
+    Parquet files with a column ``embedding`` made by the run's embedder. The run's own dev and
+    test probes are always among them."""
+    search: SearchConfig = SearchConfig()
+
+    @property
+    def guard(self) -> float | None:
+        """The least cosine to a cluster's middle: what one tie allows, the guard must."""
+        if self.cluster_cosine is None or (
+            self.perceptual_distance is not None and self.perceptual_cosine is None
+        ):
+            return None
+        ties = [self.semantic_cosine]
+        if self.perceptual_distance is not None:
+            ties.append(self.perceptual_cosine)
+        return min([self.cluster_cosine, *(tie for tie in ties if tie is not None)])
