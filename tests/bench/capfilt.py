@@ -1,7 +1,8 @@
 """Captioning and filtering: images a second, memory, and how far the hardware's limit is.
 
     python -m tests.bench.capfilt [--device cuda] [--dtype bfloat16] [--images N] [--batch N ...]
-                                  [--threads N] [--quick] [--json FILE]
+                                  [--threads N] [--exact | --store | --memory N] [--quick]
+                                  [--json FILE]
 
 One run, the same random BLIP-base weights (384 px, 20 new tokens, one caption by nucleus sampling,
 two texts scored by ITM and ITC) for
@@ -17,7 +18,8 @@ two texts scored by ITM and ITC) for
 Each runs alone in a process of its own, which begins with a batch that is not timed. Pictures are
 decoded already; resizing them is timed. The floor is `tests.bench.floor`'s. With ``--exact`` the
 script checks instead that decoding steps as CUDA graphs give the tokens of eager ones, and counts
-the captions that another batch size changes.
+the captions that another batch size changes; with ``--store`` it captions shards from store to
+store through the engine; with ``--memory N`` it watches the memory over N images.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ from transformers import (
 
 from stages.models.captioner import Captioner, GenerationConfig
 from stages.models.matcher import Matcher
-from tests.bench import blip, floor
+from tests.bench import blip, capfilt_engine, floor
 
 NEW_TOKENS = 20
 Images = Sequence[Image.Image]
@@ -294,7 +296,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", default=["captions", "scores"])
-    parser.add_argument("--exact", action="store_true")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--exact", action="store_true", help="compare captions instead of speed")
+    mode.add_argument("--store", action="store_true", help="from store to store")
+    mode.add_argument("--memory", type=int, metavar="N", help="watch the memory over N images")
     parser.add_argument("--quick", action="store_true", help="tiny weights, to see that it runs")
     parser.add_argument("--json", type=Path)
     return parser.parse_args(given)
@@ -305,7 +310,14 @@ def main(given: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         blip.save(folder, tiny=options.quick)
-        rows = exact(options, folder) if options.exact else compare(options, folder)
+        if options.exact:
+            rows = exact(options, folder)
+        elif options.store or options.memory:
+            run = capfilt_engine.store_to_store if options.store else capfilt_engine.memory
+            prompt = Captioner(folder / "captioner").prompt_ids(GenerationConfig())
+            rows = run(options, folder, generation(len(prompt)))
+        else:
+            rows = compare(options, folder)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
 
