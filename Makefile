@@ -34,6 +34,7 @@ format: install
 bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.quickstart
 	$(BIN)/python -m tests.bench.pretrain
+	$(BIN)/python -m tests.bench.capfilt
 
 lock:  ## pin what is installed now
 	(head -1 requirements.lock; $(BIN)/pip freeze --all --exclude capfilt --exclude pip \

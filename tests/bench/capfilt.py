@@ -13,7 +13,8 @@ two texts scored by ITM and ITC) for
 - transformers batched, in the same dtype, the best of ``--batch``: `generate` with its cache, and
   one call of the matching model for all pairs of a batch. It gives the ITM score only, which costs
   it less than what ours gives;
-- data-juicer's operators, where ``py-data-juicer`` is installed.
+- data-juicer's operators, where ``py-data-juicer`` is installed, as they are: the captioner goes on
+  to the end of the text or 128 tokens, and both read the pictures from files.
 
 Each runs alone in a process of its own, which begins with a batch that is not timed. Pictures are
 decoded already; resizing them is timed. The floor is `tests.bench.floor`'s. With ``--exact`` the
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -160,16 +162,16 @@ def juicer(kind: str) -> Callable[[Setting], Run]:
             files = [kept / f"{index}.png" for index in range(len(images))]
             for file, image in zip(files, images, strict=True):
                 image.save(file)
-            text = "<__dj__image> a picture <|__dj__eoc|>"
-            samples = {
-                "images": [[str(f)] for f in files],
-                "text": [text] * len(files),
-                "__dj__stats__": [{} for _ in files],
-            }
-            if kind == "captions":
-                return operator.process_batched(samples)
-            rows = [{key: values[i] for key, values in samples.items()} for i in range(len(files))]
-            return [operator.compute_stats_single(row) for row in rows for _ in range(2)]
+            texts = [["a picture"]] if kind == "captions" else blip.texts(len(images))
+            rows = [
+                {"images": [str(file)], "text": f"<__dj__image> {text} <|__dj__eoc|>",
+                 "__dj__stats__": {}}
+                for file, own in zip(files, itertools.cycle(texts), strict=False)
+                for text in own
+            ]  # fmt: skip
+            if kind == "scores":
+                return [operator.compute_stats_single(row) for row in rows]
+            return operator.process_batched({key: [row[key] for row in rows] for key in rows[0]})
 
         return _by(setting.batch, run)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from stages.caption import CaptionConfig, CaptionStage
 from stages.errors import CheckpointError
@@ -61,6 +62,26 @@ def test_a_broken_image_fails_alone(folder: Path) -> None:
     failures = [row for row in found if row["status"] != "success"]
     assert [(row["sample_id"], row["status"]) for row in failures] == [("s001", "failed")] * 2
     assert all(row["text"] is None and "truncated" in row["detail"] for row in failures)
+
+
+def test_odd_shapes_are_captioned_and_harm_nobody(folder: Path) -> None:
+    odd = [jpeg(8, size) for size in ((1, 1), (20_000, 10), (10, 20_000))]
+    found = ready(folder, batch_size=4).process(images([SEVEN[0], *odd, SEVEN[1]]))
+    assert found["status"].to_pylist() == ["success"] * 5
+    alone = ready(folder, batch_size=4).process(images([SEVEN[0], SEVEN[1]]))
+    assert found["text"].to_pylist()[::4] == alone["text"].to_pylist()
+
+
+def test_int8_and_bfloat16_are_what_the_config_asks_for(folder: Path) -> None:
+    texts = {}
+    for precision in ("float32", "bfloat16", "int8"):
+        stage = CaptionStage(CaptionConfig(model=str(folder), device="cpu", precision=precision))
+        stage.setup()
+        kinds = {type(part).__name__ for part in stage.model.vision.modules()}
+        assert ("Int8Linear" in kinds) == (precision == "int8")
+        assert (stage.model.dtype == torch.bfloat16) == (precision == "bfloat16")
+        texts[precision] = stage.process(images(SEVEN))["text"].to_pylist()
+    assert texts["int8"] != texts["float32"] != texts["bfloat16"]
 
 
 def test_the_same_file_gets_the_same_captions_anywhere(folder: Path) -> None:

@@ -108,6 +108,17 @@ def test_other_models_are_refused(tmp_path: Path) -> None:
         Embedder(tmp_path)
 
 
+def test_int8_is_close(clip: Path, tmp_path: Path) -> None:
+    blip = tiny_models.save_blip(tiny_models.matcher_model(), tmp_path / "blip")
+    for folder in (clip, blip):
+        whole, rounded = Embedder(folder), Embedder(folder, int8=True)
+        images = random_images(6)
+        cosines = (whole.image_features(images) * rounded.image_features(images)).sum(dim=1)
+        assert cosines.min() > 0.99 and cosines.max() < 1 - 1e-7
+        cosines = (whole.text_features(TEXTS) * rounded.text_features(TEXTS)).sum(dim=1)
+        assert cosines.min() > 0.98
+
+
 def test_bfloat16_is_close(clip: Path) -> None:
     images = random_images(5)
     whole, half = Embedder(clip), Embedder(clip, dtype=torch.bfloat16)
