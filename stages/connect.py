@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import io
 import ipaddress
+import re
 import socket
 import ssl
 import time
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 _BUFFER = 1 << 16
+_HOST = re.compile(r"[A-Za-z0-9._-]+")
 _SAFE_IN_URL = "%/:=&?~+!$,;'@()*[]"
 # Reached from inside Azure although the address is public.
 _METADATA_ADDRESSES = frozenset({"168.63.129.16"})
@@ -67,6 +69,9 @@ def parse_url(url: str) -> Target:
         if not host:
             raise FetchError("invalid_url", "no host name")
         host = host.encode("idna").decode("ascii")
+        # What IDNA makes of odd letters may hold spaces or worse.
+        if not (_HOST.fullmatch(host) or is_address(host)):
+            raise FetchError("invalid_url", f"host name {host[:60]!r}")
         path = quote(parts.path or "/", safe=_SAFE_IN_URL)
         if parts.query:
             path += "?" + quote(parts.query, safe=_SAFE_IN_URL)
