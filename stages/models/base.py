@@ -54,18 +54,18 @@ class InferenceModel:
         start = 0
         while start < count:
             end = min(start + self.batch_size, count)
+            results: list[R] = []
             try:
-                result = run(slice(start, end))
+                results.append(run(slice(start, end)))
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or end - start == 1:
                     raise
                 self.batch_size = (end - start) // 2
-                result = None
-            if result is None:
+            if results:
+                yield from results
+                start = end
+            else:
                 self.release()  # only now: the exception held the failed batch's tensors
-                continue
-            yield result
-            start = end
 
     def release(self) -> None:
         """Give back the memory that is kept for the next batch."""

@@ -165,7 +165,9 @@ class Captioner(InferenceModel):
         while True:
             source = search.step(logits)
             going = search.going.cpu()
-            result[order[~going]] = search.results()[~going.to(self.device)].cpu()
+            if not going.all():
+                ended = (~going).nonzero()[:, 0]
+                result[order[ended]] = search.results()[ended.to(self.device)].cpu()
             if not going.any():
                 return result[:, : config.captions_per_image]
             if source is not None:
