@@ -88,7 +88,9 @@ class Cells:
             ctx.progress("parting images into cells", start, len(self.rows))
             # x·c - |c|²/2: its difference between two cells, over the distance of their centres,
             # is how far x lies from their border.
-            scores = torch.from_numpy(np.array(projected[start : start + _BLOCK])) @ centres.T - half
+            scores = (
+                torch.from_numpy(np.array(projected[start : start + _BLOCK])) @ centres.T - half
+            )
             best, first = scores.max(dim=1)
             at, cell = (scores + apart[first] >= best[:, None]).nonzero(as_tuple=True)
             own.append(first.numpy().astype(np.int32))

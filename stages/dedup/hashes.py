@@ -140,6 +140,13 @@ def within(
 
 
 def indexed(hashes: npt.NDArray[np.uint8], distance: int) -> Any:
+    """A FAISS index over (n, 32) hashes that finds all within ``distance`` bits."""
+    index = empty_index(len(hashes), distance)
+    index.add(np.ascontiguousarray(hashes))
+    return index
+
+
+def empty_index(count: int, distance: int) -> Any:
     """The cheaper of looking at all hashes and of looking up parts of them. Both are exact: of
     ``parts`` disjoint parts of two hashes one differs in at most distance // parts bits."""
     import faiss
@@ -148,14 +155,12 @@ def indexed(hashes: npt.NDArray[np.uint8], distance: int) -> Any:
     for parts in range(4, 33):
         width, flips = _BITS // parts, distance // parts
         lookups = parts * sum(comb(width, i) for i in range(flips + 1))
-        plans.append((lookups * (_LOOKUP + len(hashes) / 2**width), parts, width, flips))
+        plans.append((lookups * (_LOOKUP + count / 2**width), parts, width, flips))
     cost, parts, width, flips = min(plans)
-    if cost >= len(hashes):
-        index: Any = faiss.IndexBinaryFlat(_BITS)
-    else:
-        index = faiss.IndexBinaryMultiHash(_BITS, parts, width)
-        index.nflip = flips
-    index.add(np.ascontiguousarray(hashes))
+    if cost >= count:
+        return faiss.IndexBinaryFlat(_BITS)
+    index = faiss.IndexBinaryMultiHash(_BITS, parts, width)
+    index.nflip = flips
     return index
 
 

@@ -80,8 +80,9 @@ class Ties:
     def incident(self, sample: Mask) -> Rows:
         """One number for each distinct watched pair with a side in ``sample``, ascending."""
         inside = sample[self.watched].any(axis=1)
-        keys: Rows = np.unique(self.watched[inside] @ np.array([len(sample), 1]))
-        return keys
+        # Sorted by hand: numpy's unique is many times slower on millions of equal keys.
+        keys: Rows = np.sort(self.watched[inside] @ np.array([len(sample), 1]))
+        return keys[np.append(True, keys[1:] != keys[:-1])] if len(keys) else keys
 
 
 def _spanning(rows: Rows, left: Rows, right: Rows) -> tuple[Rows, Rows]:

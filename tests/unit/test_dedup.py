@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from stages.base import LocalContext
-from stages.dedup import DedupConfig, DedupStage, UnionFind, search
+from stages.dedup import DedupConfig, DedupStage, SearchConfig, UnionFind, hashes, search, ties
+from stages.dedup import images as dedup_images
 from stages.errors import RunError
-from stages.keeper import ImageConfig
-from stages.schemas import CLUSTERS, DOWNLOAD, EMBEDDINGS
+from stages.keeper import ImageConfig, perceptual_hash
+from stages.models.images import decode
+from stages.schemas import CLUSTERS, DEDUP, DOWNLOAD, EMBEDDINGS
 from tests.tables import filled, write_shards
 
 RNG = np.random.default_rng
@@ -254,27 +258,271 @@ def test_union_find_matches_a_plain_search() -> None:
     assert sets.roots(np.arange(2_000)).tolist() == root
 
 
-def test_labelled_real_pictures(tmp_path: Path) -> None:
-    """At the default distance the perceptual hash finds 23 of 25 same pictures, and none of 72
-    different ones even where every embedding agrees."""
+def picture_embedding(image: Image.Image) -> np.ndarray:
+    """Where which colours lie: sixteen of them, of zero mean and length 1. Small, and real."""
+    colours = np.asarray(image.resize((4, 4), Image.Resampling.LANCZOS), dtype=float).reshape(-1, 3)
+    flat = (colours - colours.mean(axis=0)).ravel()
+    unit_: np.ndarray = flat / np.linalg.norm(flat)
+    return unit_
+
+
+@pytest.mark.parametrize(("distance", "same"), [(32, 23), (92, 25)])
+def test_labelled_real_pictures(tmp_path: Path, distance: int, same: int) -> None:
+    """With room enough the perceptual net finds all 25 same pictures, and none of 72 others, one
+    of which is nearer by its hash than one of the same."""
     if "CAPFILT_TEST_DATA" not in os.environ:
         pytest.skip("CAPFILT_TEST_DATA is unset: no labelled pictures")
-    import imagehash
-    from PIL import Image
-
     folder = Path(os.environ["CAPFILT_TEST_DATA"]) / "near_duplicates"
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
-    names = sorted({pair[side] for pair in pairs for side in "ab"})
-    rows = []
-    for name in names:
-        with Image.open(folder / name) as image:
-            phash = str(imagehash.phash(image.convert("RGB"), hash_size=16))
-        rows.append({"sample_id": name, "sha256": name, "phash": phash})
-    vectors = {name: near(unit(1, 512), 0.97, seed) for seed, name in enumerate(names)}
-    found = run(tmp_path, [download(rows)], [embeddings(vectors)])
+    rows, vectors = [], {}
+    for name in sorted({pair[side] for pair in pairs for side in "ab"}):
+        image = decode((folder / name).read_bytes())
+        rows.append({"sample_id": name, "sha256": name, "phash": perceptual_hash(image)})
+        vectors[name] = picture_embedding(image)
+    config = DedupConfig(perceptual_distance=distance, semantic_cosine=None)
+    found = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
     together: dict[str, int] = {}
     for pair in pairs:
-        same = found[pair["a"]]["cluster_id"] == found[pair["b"]]["cluster_id"]
-        together[pair["label"]] = together.get(pair["label"], 0) + same
-    assert together["same_picture"] == 23
+        tied = found[pair["a"]]["cluster_id"] == found[pair["b"]]["cluster_id"]
+        together[pair["label"]] = together.get(pair["label"], 0) + tied
+    assert together["same_picture"] == same
     assert together["different"] == 0
+
+
+def test_equal_pixels_in_different_files_are_copies(tmp_path: Path) -> None:
+    rows = [
+        {"sample_id": "a", "sha256": "x", "pixel_sha256": "p"},
+        {"sample_id": "b", "sha256": "y", "pixel_sha256": "p"},
+        {"sample_id": "c", "sha256": "y", "pixel_sha256": "q"},
+        {"sample_id": "d", "sha256": "z", "pixel_sha256": None},
+    ]
+    found = run(tmp_path, [download(rows)])
+    assert clusters(found) == {frozenset("abc"), frozenset("d")}
+    assert [found[s]["copy_of"] for s in "abcd"] == ["a", "a", "a", None]
+
+
+def test_a_hash_alone_may_be_enough_and_nets_may_be_off(tmp_path: Path) -> None:
+    rows = [
+        {"sample_id": "a", "sha256": "x", "phash": HASH},
+        {"sample_id": "b", "sha256": "y", "phash": flipped(HASH, 9)},
+        {"sample_id": "c", "sha256": "z", "phash": HASH},
+    ]
+    alone = run(tmp_path, [download(rows)], (), DedupConfig(perceptual_cosine=None))
+    assert clusters(alone) == {frozenset("abc")}
+    assert [alone[s]["hamming"] for s in "abc"] == [0, 9, 0]
+    vectors = [embeddings({s: unit(1) for s in "abc"})]
+    off = DedupConfig(perceptual_distance=None, semantic_cosine=None)
+    assert len(clusters(run(tmp_path, [download(rows)], vectors, off))) == 3
+
+
+def test_a_chain_of_unlike_images_is_cut(tmp_path: Path) -> None:
+    """Each image is close to the next; the first and the last have nothing in common."""
+    a, b = np.eye(8)[:2]
+    angles = np.linspace(0, np.pi / 2, 16)
+    vectors = {f"{i:02d}": np.cos(x) * a + np.sin(x) * b for i, x in enumerate(angles)}
+    rows = [{"sample_id": s, "sha256": s} for s in vectors]
+    rows.append({"sample_id": "copy", "sha256": "15"})
+    for guard, least in ((None, 0.0), (0.85, np.cos(2 * np.arccos(0.85)))):
+        config = DedupConfig(cluster_cosine=guard)
+        found = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
+        assert len({row["chain_id"] for row in found.values()}) == 1
+        assert (len(clusters(found)) == 1) == (guard is None)
+        assert found["copy"]["cluster_id"] == found["15"]["cluster_id"]
+        measured = facts(tmp_path)
+        assert measured["clusters", "chains_cut"] == (guard is not None)
+        assert measured["clusters", "widest_cosine"] >= least - 2e-3
+    assert min(
+        vectors[a] @ vectors[b] for group in clusters(found) for a in group - {"copy"}
+        for b in group - {"copy"}
+    ) == pytest.approx(measured["clusters", "widest_cosine"], abs=2e-3)  # fmt: skip
+
+
+def facts(folder: Path) -> dict[tuple[str, str], float]:
+    table = pq.read_table(folder / "dedup.parquet")
+    assert table.schema == DEDUP
+    return {(row["net"], row["metric"]): row["value"] for row in table.to_pylist()}
+
+
+def test_the_guard_is_never_stricter_than_a_net() -> None:
+    assert DedupConfig().guard == 0.85
+    assert DedupConfig(perceptual_cosine=0.2).guard == 0.2
+    assert DedupConfig(perceptual_cosine=None).guard is None
+    assert DedupConfig(perceptual_cosine=0.2, perceptual_distance=None).guard == 0.85
+
+
+def many(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """Images of which a third are near an earlier one, by hash, by embedding, or by bytes."""
+    rng = RNG(seed)
+    rows: list[dict[str, Any]] = []
+    vectors: dict[str, np.ndarray] = {}
+    for number in range(count):
+        sample, kind = rng.bytes(8).hex(), number % 9
+        row = {"sample_id": sample, "sha256": f"{number}", "phash": rng.bytes(32).hex()}
+        vector = unit(int(rng.integers(1 << 40)), 32)
+        if number > 9 and kind in (0, 1, 2):
+            old = rows[int(rng.integers(len(rows)))]
+            cosine = float(rng.uniform(0.93, 1.0))
+            vector = near(vectors[old["sample_id"]], cosine, int(rng.integers(1 << 40)))
+            if kind == 1:
+                row["phash"] = flipped(old["phash"], int(rng.integers(60)))
+            elif kind == 2:
+                row |= {"sha256": old["sha256"], "phash": old["phash"]}
+                vector = vectors[old["sample_id"]]
+        rows.append(row)
+        vectors[sample] = vector / np.linalg.norm(vector)
+    return rows, vectors
+
+
+CELLS = DedupConfig(search=SearchConfig(exhaustive_below=0, cells=30))
+
+
+class Threads(LocalContext):
+    """Work spread over threads, which end in any order."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self._count = count
+
+    def map(self, function: Any, items: Any) -> Any:
+        with ThreadPoolExecutor(self._count) as pool:
+            return list(pool.map(function, items))
+
+
+def test_shards_workers_and_batches_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vectors = many(900)
+    seen = []
+    for number, (workers, batch, tasks) in enumerate([(1, 8192, 64), (3, 7, 5), (2, 100, 1)]):
+        monkeypatch.setattr(dedup_images, "_BATCH", batch)
+        monkeypatch.setattr(search, "_TASKS", tasks)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        parts = np.array_split(RNG(number).permutation(len(rows)), 1 + 2 * number)
+        inputs = {
+            "download": write_shards(folder, "d", [download([rows[i] for i in p]) for p in parts]),
+            "embeddings": write_shards(
+                folder, "e",
+                [
+                    embeddings({rows[i]["sample_id"]: vectors[rows[i]["sample_id"]] for i in p})
+                    for p in reversed(parts)
+                ],
+            ),
+        }  # fmt: skip
+        DedupStage(CELLS, ImageConfig()).run(inputs, folder, Threads(workers))
+        tables = [pq.read_table(folder / f"{t}.parquet") for t in ("clusters", "dedup")]
+        seen.append([table.to_pylist() for table in tables])
+    assert seen[0] == seen[1] == seen[2]
+    measured = facts(folder)
+    assert measured["semantic", "cells"] == 30
+    assert measured["semantic", "sampled_pairs"] > 50
+    assert measured["semantic", "recall"] >= 0.995
+    assert measured["semantic", "precision"] == 1.0
+
+
+def test_cells_find_what_brute_force_finds(tmp_path: Path) -> None:
+    rows, vectors = many(700, seed=1)
+    search_ = SearchConfig(exhaustive_below=0, cells=30, reach=1.0)
+    config = DedupConfig(search=search_, cluster_cosine=None)
+    found = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
+    assert clusters(found) == brute_force(rows, vectors, config)
+    assert facts(tmp_path)["semantic", "recall"] == 1.0
+
+
+def test_too_little_recall_raises_the_reach_or_stops_the_run(tmp_path: Path) -> None:
+    rows, vectors = many(900, seed=2)
+    shy = SearchConfig(exhaustive_below=0, cells=300, reach=0.01, recall=1.0)
+    config = DedupConfig(search=shy, semantic_cosine=0.9)
+    run(tmp_path, [download(rows)], [embeddings(vectors)], config)
+    measured = facts(tmp_path)
+    assert measured["semantic", "recall"] == 1.0
+    assert 0.01 < measured["semantic", "reach"] <= 1.0
+    low = config.model_copy(update={"search": shy.model_copy(update={"max_reach": 0.01})})
+    with pytest.raises(
+        RunError, match=r"found 0\.\d+, less than dedup\.search\.recall .*max_reach"
+    ):
+        run(tmp_path, [download(rows)], [embeddings(vectors)], low)
+
+
+@pytest.mark.parametrize("config", [DedupConfig(), CELLS], ids=["every pair", "cells"])
+@pytest.mark.parametrize("guard", [0.85, 0.969])
+def test_a_later_round_comes_to_what_one_round_would(
+    tmp_path: Path, config: DedupConfig, guard: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vectors = many(600, seed=3)
+    search_ = config.search.model_copy(update={"reach": 1.0})
+    config = config.model_copy(update={"search": search_, "cluster_cosine": guard})
+    at_once = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
+    run(tmp_path, [download(rows[:400])], [embeddings(vectors)], config)
+    earlier = (tmp_path / "clusters.parquet").rename(tmp_path / "earlier.parquet")
+    compared = []
+    monkeypatch.setattr(
+        hashes, "pair_cosines",
+        lambda v, a, b: compared.append(np.stack([a, b])) or ties.pair_cosines(v, a, b),
+    )  # fmt: skip
+    inputs = {
+        "download": write_shards(tmp_path, "download", [download(rows)]),
+        "embeddings": write_shards(tmp_path, "embeddings", [embeddings(vectors)]),
+        "earlier": [earlier],
+    }
+    DedupStage(config, ImageConfig()).run(inputs, tmp_path, LocalContext())
+    later = pq.read_table(tmp_path / "clusters.parquet").to_pylist()
+    keys = ("sample_id", "cluster_id", "chain_id", "net", "copy_of", "hamming")
+    assert [[row[k] for k in keys] for row in later] == [
+        [at_once[row["sample_id"]][k] for k in keys] for row in later
+    ]
+    new = {row["sample_id"] for row in rows[400:]}
+    fresh = np.array([row["sample_id"] in new for row in later])
+    assert fresh[np.concatenate(compared, axis=1)].any(axis=0).all()
+    assert facts(tmp_path)["clusters", "new_images"] == 200
+
+
+def test_an_earlier_round_without_news_needs_no_search(tmp_path: Path) -> None:
+    rows, vectors = many(100)
+    first = run(tmp_path, [download(rows)], [embeddings(vectors)], CELLS)
+    earlier = (tmp_path / "clusters.parquet").rename(tmp_path / "earlier.parquet")
+    inputs = {
+        "download": write_shards(tmp_path, "download", [download(rows)]),
+        "embeddings": write_shards(tmp_path, "embeddings", [embeddings(vectors)]),
+        "earlier": [earlier],
+    }
+    DedupStage(CELLS, ImageConfig()).run(inputs, tmp_path, LocalContext())
+    again = pq.read_table(tmp_path / "clusters.parquet").to_pylist()
+    assert {row["sample_id"]: row for row in again} == first
+
+
+@pytest.mark.parametrize("config", [DedupConfig(), CELLS], ids=["every pair", "cells"])
+def test_thousands_of_pictures_that_are_all_alike(tmp_path: Path, config: DedupConfig) -> None:
+    """Each its own file: two million pairs, some thousand ties."""
+    vectors = {f"{i:04d}": near(unit(1, 16), 0.9999, i) for i in range(2_000)}
+    rows = [{"sample_id": s, "sha256": s, "phash": HASH} for s in vectors]
+    found = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
+    assert [len(group) for group in clusters(found)] == [2_000]
+
+
+@pytest.mark.parametrize(("count", "distance"), [(300, 32), (3_000, 8), (3_000, 0)])
+def test_hashes_are_found_exactly(count: int, distance: int) -> None:
+    rng = RNG(6)
+    packed = rng.integers(0, 256, (count, 32), dtype=np.uint8)
+    for row in range(0, count - 1, 2):
+        for bit in rng.choice(256, int(rng.integers(distance + 12)), replace=False):
+            packed[row + 1] = packed[row]
+            packed[row + 1, bit // 8] ^= 1 << (bit % 8)
+    distances = np.bitwise_count(packed[:, None, :] ^ packed[None, :, :]).sum(axis=2)
+    asked = np.sort(rng.choice(count, count // 2, replace=False))
+    left, right = np.nonzero(distances <= distance)
+    once = (left < right) & (np.isin(left, asked) | np.isin(right, asked))
+    expected = {(a, b, distances[a, b]) for a, b in zip(left[once], right[once], strict=True)}
+    found = [
+        (min(a, b), max(a, b), bits)
+        for part in hashes.within(packed, asked, distance, LocalContext())
+        for a, b, bits in zip(*part, strict=True)
+    ]
+    assert len(found) == len(set(found)) and set(found) == expected
+
+
+def test_a_million_hashes_are_looked_up_not_compared() -> None:
+    """At a million hashes a look-up is cheaper; FAISS decides by what it is asked to build."""
+    assert "MultiHash" in type(hashes.empty_index(1_000_000, 16)).__name__
+    assert "Flat" in type(hashes.empty_index(500, 16)).__name__
+    assert "Flat" in type(hashes.empty_index(1_000_000, 92)).__name__
