@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, parse
-from pipeline.plan import Model, content_of, plan_round, probes
+from pipeline.dag import Published
+from pipeline.plan import Model, content_of, evaluation_sets, plan_round, probes
 from stages.errors import SourceError
 
 
@@ -101,3 +102,28 @@ def test_the_content_of_what_pretraining_starts_from_counts(tmp_path: Path, fiel
     nothing, here, there, other = found
     assert here == there and len({r["pretrain"] for r in (nothing, here, other)}) == 3
     assert here["assemble"] == nothing["assemble"]
+
+
+def test_probes_and_evaluation_sets_reach_dedup_by_content(tmp_path: Path) -> None:
+    folder = tmp_path / "dev"
+    folder.mkdir()
+    (folder / "annotations.jsonl").write_text("{}")
+    (tmp_path / "coco.tar").write_bytes(b"1")
+    dedup = {"dedup": {"evaluation": [str(tmp_path / "coco.tar")]}}
+    first = records(MODELS, dev=str(folder), **dedup)
+    sets = evaluation_sets(config(dev=str(folder), **dedup))
+    assert sets == {"dev": str(folder), "0-coco.tar": str(tmp_path / "coco.tar")}
+    assert records(MODELS, dev=str(folder), **dedup) == first
+    (tmp_path / "coco.tar").write_bytes(b"2")
+    assert records(MODELS, dev=str(folder), **dedup)["dedup"] != first["dedup"]
+    (tmp_path / "coco.tar").unlink()
+    with pytest.raises(SourceError, match=r"dedup\.evaluation: .*not there"):
+        records(MODELS, **dedup)
+
+
+def test_a_round_takes_over_the_clusters_of_the_one_before() -> None:
+    first = plan_round(config(), 1, SHARDS, MODELS, None, {})
+    assert "earlier" not in first.task("dedup").inputs
+    second = plan_round(config(), 2, SHARDS, MODELS, None, {}, first.task("dedup"))
+    earlier = second.task("dedup").inputs["earlier"]
+    assert isinstance(earlier, Published) and earlier.records == (first.task("dedup").record,)

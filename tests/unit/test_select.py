@@ -13,8 +13,18 @@ import pytest
 
 from stages.base import LocalContext
 from stages.ids import failed_caption_id, pair_id
-from stages.schemas import CAPTIONS, CLUSTERS, DOWNLOAD, PAIRS, ROWS, SCORES, SOURCES
-from stages.select import SelectConfig, SelectStage
+from stages.schemas import (
+    CAPTIONS,
+    CLUSTERS,
+    CONTAMINATED,
+    DOWNLOAD,
+    PAIRS,
+    ROWS,
+    SCORES,
+    SOURCES,
+    TEXTS,
+)
+from stages.select import SelectConfig, SelectStage, normal_form
 from tests.tables import filled, write_shards
 
 Row = dict[str, Any]
@@ -30,6 +40,7 @@ class Round:
     scores: list[Row] = field(default_factory=list)
     clusters: dict[str, str] = field(default_factory=dict)
     tombstones: list[str] = field(default_factory=list)
+    contaminated: dict[str, str] = field(default_factory=dict)
     scored: bool = True
 
     def web(self, sample: str, text: str, score: float | None = None, **more: Any) -> str:
@@ -69,6 +80,9 @@ class Round:
         if self.clusters:
             tied = [{"sample_id": s, "cluster_id": c} for s, c in self.clusters.items()]
             inputs["clusters"] = self._write("clusters", filled(CLUSTERS, tied))
+        if self.contaminated:
+            leaks = [{"sample_id": s, "collides_with": n} for s, n in self.contaminated.items()]
+            inputs["contaminated"] = self._write("contaminated", filled(CONTAMINATED, leaks))
         if self.tombstones:
             inputs["tombstones"] = self._write("gone", pa.table({"sample_id": self.tombstones}))
         names = [f"{number:06d}" for number in range(len(downloads))]
@@ -307,3 +321,59 @@ def test_order_of_the_files_of_scores_does_not_matter(tmp_path: Path) -> None:
         found.append(round_.select(SelectConfig(threshold=0.3)))
     assert found[0] == found[1]
     assert set(states(found[0][1]).values()) == {"kept", "merged", "duplicate", "rejected"}
+
+
+def test_what_an_evaluation_set_shows_is_never_trained_on(round_: Round) -> None:
+    """Nor what shows the same picture, nor human pairs; tombstones and failures keep their say."""
+    round_.clusters = {"a": "a", "b": "a", "c": "c"}
+    one, two = round_.web("a", "x", 0.9), round_.web("b", "y", 0.1)
+    other, caption = round_.web("c", "z", 0.9), round_.synthetic("a", "w", 0.9)
+    human = round_.web("h", "t", source="human")
+    gone = round_.web("g", "u", 0.9)
+    round_.contaminated = {"b": "test/7.png", "h": "test/8.png", "g": "test/9.png"}
+    round_.tombstones = ["g"]
+    rows, pairs = round_.select()
+    expected = dict.fromkeys([one, two, caption, human], "contaminated")
+    assert states(pairs) == expected | {other: "kept", gone: "removed"}
+    assert pairs[one]["detail"] == pairs[two]["detail"] == "test/7.png"
+    assert pairs[human]["detail"] == "test/8.png"
+    assert {row["state"] for row in rows if row["sample_id"] != "g"} == {"downloaded"}
+
+
+def test_of_texts_that_many_images_share_the_best_matching_are_kept(round_: Round) -> None:
+    scores = {"Buy now 1!": 0.9, "buy NOW 22": 0.8, "Buy, now": 0.7, "buy now": 0.3}
+    pairs_ = [round_.web(f"s{i}", text, score) for i, (text, score) in enumerate(scores.items())]
+    rare = round_.web("s9", "a red cube", 0.6)
+    synthetic = round_.synthetic("s0", "buy now 3", 0.95)
+    for cap, kept in ((None, 3), (3, 3), (2, 2), (1, 1)):
+        _, pairs = round_.select(SelectConfig(text_cap=cap))
+        expected = ["kept"] * kept + ["rejected"] * (4 - kept)
+        assert [pairs[pair]["state"] for pair in pairs_] == expected
+        assert states(pairs)[rare] == states(pairs)[synthetic] == "kept"
+        table = pq.read_table(round_.folder / "texts.parquet")
+        assert table.schema == TEXTS
+        [row] = table.to_pylist()
+        assert row == {
+            "text": "buy now", "source": "web", "images": 4, "good": 3, "capped": 3 - kept,
+        }  # fmt: skip
+    assert "select.text_cap" in pairs[pairs_[1]]["detail"]
+
+
+def test_copies_of_one_picture_share_a_turn(round_: Round) -> None:
+    round_.clusters = {"a": "a", "b": "a", "c": "c", "d": "d"}
+    same = [
+        round_.web(s, "spam", score) for s, score in zip("abcd", (0.9, 0.6, 0.8, 0.7), strict=True)
+    ]
+    _, pairs = round_.select(SelectConfig(text_cap=2))
+    assert [pairs[pair]["state"] for pair in same] == ["kept", "duplicate", "kept", "rejected"]
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("Photo #12 of 40!", "photo of"), ("IMG_0001", "img"), ("12/40", "12/40"), ("", ""),
+        ("Straße  № 5", "strasse"), ("日本 2024", "日本"),
+    ],
+)  # fmt: skip
+def test_texts_that_differ_in_case_digits_or_punctuation_are_alike(text: str, normal: str) -> None:
+    assert normal_form(text) == normal
