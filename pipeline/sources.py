@@ -18,6 +18,7 @@ from stages.base import LocalContext
 from stages.errors import SourceError
 from stages.ingest import IngestStage, check_distinct, list_files
 from stages.readers import SourceFile
+from stages.seen import SeenPairs
 
 Shards = dict[str, tuple[str, str]]
 """Shard → (web or human, name of its source record)."""
@@ -31,9 +32,12 @@ def ingest(config: RunConfig, store: Store) -> Shards:
     """
     names = store.record_names()
     records = store.read_records(name for name in names if "/stage=ingest/" in name)
-    for file in new_files(config, records):
+    if files := new_files(config, records):
         earlier = [payload for record in records for payload in record.payloads]
-        records.append(_cut(config, store, file, earlier))
+        with SeenPairs() as seen:
+            seen.read(store.local_copy(payload.path) for payload in earlier)
+            for file in files:
+                records.append(_cut(config, store, file, shards_of(records), seen))
     return {shard: found for record in records for shard, found in _shards(store, record, names)}
 
 
@@ -63,28 +67,46 @@ def _fingerprint(file: SourceFile) -> str:
     return fingerprint("ingest", IngestStage.version, reading, file.identity, file.origin)
 
 
-def _cut(config: RunConfig, store: Store, file: SourceFile, earlier: Sequence[Payload]) -> Record:
-    """Cut one file and publish it. ``earlier`` are the shards so far; numbers go on from them."""
+def shards_of(records: Sequence[Record]) -> int:
+    """How many shards ingest records have cut; numbers go on from there."""
+    return sum(len(record.payloads) for record in records)
+
+
+def _cut(
+    config: RunConfig, store: Store, file: SourceFile, first_shard: int, seen: SeenPairs
+) -> Record:
+    """Cut one file and publish it."""
     started = time.time()
-    seen = [store.local_copy(payload.path) for payload in earlier]
-    stage = IngestStage(config.ingest, [file], first_shard=len(earlier))
+    stage = IngestStage(config.ingest, [file], first_shard, seen)
     with tempfile.TemporaryDirectory() as scratch:
-        stage.run({"seen": seen}, Path(scratch), LocalContext())
+        stage.run({}, Path(scratch), LocalContext())
         cut = sorted(Path(scratch).glob("shard=*.parquet"))
         if not cut:
             raise SourceError(f"{file.path}: holds no rows; remove it from the sources")
         payloads = tuple(
             store.put_unique(f"sources/{shard.stem}", ".parquet", shard) for shard in cut
         )
+    details = {"file": file.path, "kind": file.origin, "identity": file.identity}
+    return publish_cut(store, _fingerprint(file), payloads, details, started)
+
+
+def publish_cut(
+    store: Store,
+    fingerprint_: str,
+    payloads: tuple[Payload, ...],
+    details: dict[str, str],
+    started: float,
+) -> Record:
+    """Publish shards that were cut together; returns the published record."""
     record = Record(
         stage="ingest",
         stage_version=IngestStage.version,
         round=None,
         shard="file",
-        fingerprint=_fingerprint(file),
+        fingerprint=fingerprint_,
         payloads=payloads,
         counts={"rows": sum(payload.rows or 0 for payload in payloads)},
-        details={"file": file.path, "kind": file.origin, "identity": file.identity},
+        details=details,
         code_version=code_version(),
         started=started,
         finished=time.time(),

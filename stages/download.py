@@ -8,6 +8,7 @@ or a file does.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ STATUSES = (
     "opted_out",  # a header disallows the use
     "too_large",  # bytes or pixels
     "unreadable",  # a file or tar member that is not there
+    "hash_mismatch",  # other bytes than the source says
     "not_an_image",  # not one of the formats that are read
     "decode",  # an image by its first bytes, but damaged
     "too_small",
@@ -44,6 +46,10 @@ STATUSES = (
     "failed",  # the worker or something unforeseen
     "quarantined",  # the row crashed its worker
 )
+
+
+RETRYABLE = frozenset({"dns", "refused", "timeout", "tls", "http_5xx", "broken_response", "failed"})
+"""Statuses of rows that may come another day; so may http_4xx with one of TRY_AGAIN_CODES."""
 
 
 class DownloadConfig(FetchConfig, ImageConfig):
@@ -94,6 +100,7 @@ class DownloadStage(ShardStage):
         """(sample_id, outcome) of each row, in the order of arrival."""
         of_media: dict[str, list[str]] = {}
         of_url: dict[str, str] = {}
+        hashes = {row["sample_id"]: row["image_hash"] for row in rows if row["image_hash"]}
         for row in rows:
             if row["url"] is not None:
                 of_url[row["sample_id"]] = row["url"]
@@ -112,10 +119,28 @@ class DownloadStage(ShardStage):
         # Images are decoded here, one at a time, while the crawler's threads go on.
         for sample, fetched in self._crawler.fetch_all(of_url):
             if fetched.status == "success":
-                outcome = self._keep(fetched.body, fetched.content_type)
+                outcome = self._judged(fetched.body, hashes.get(sample), fetched.content_type)
                 yield sample, replace(outcome, http_code=fetched.code)
             else:
                 yield sample, Outcome(fetched.status, fetched.detail, fetched.code)
+
+    def _judged(self, data: bytes, expected: str | None, content_type: str = "") -> Outcome:
+        """Of bytes that must have the hash ``expected``, where there is one."""
+        if expected is not None and (problem := _mismatch(data, expected)) is not None:
+            return Outcome("hash_mismatch", problem, sha256=hashlib.sha256(data).hexdigest())
+        return self._keep(data, content_type)
+
+
+_HASHES = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}
+"""Hex digits → the function that a source means."""
+
+
+def _mismatch(data: bytes, expected: str) -> str | None:
+    name = _HASHES.get(len(expected))
+    if name is None:
+        return f"{expected[:40]!r} is no md5, sha1, sha256 or sha512 in hex"
+    found = hashlib.new(name, data, usedforsecurity=False).hexdigest()
+    return None if found == expected else f"{name} is {found[:16]}…, not {expected[:16]}…"
 
 
 def _table(rows: Sequence[Mapping[str, Any]], outcomes: Mapping[str, Outcome]) -> pa.Table:

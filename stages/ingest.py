@@ -1,8 +1,8 @@
 """Ingest: source files of any layout to URL shards, cut once.
 
 A file is known by its content, so new files in a watched folder become new shards and old ones
-are never cut again. Rows are streamed: what lies in memory is a few batches, and the index of
-texts already seen, which tells repeats.
+are never cut again. Rows are streamed: what lies in memory is a few batches; the index of texts
+already seen, which tells repeats, lies on disk.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -17,7 +18,7 @@ import pyarrow as pa
 
 from stages import ids
 from stages.annotations import ANNOTATIONS, read_annotations, read_json
-from stages.base import Config, Context, DatasetStage, operational, read_tables
+from stages.base import Config, Context, DatasetStage, operational
 from stages.errors import SourceError
 from stages.readers import (
     TABLES,
@@ -29,6 +30,8 @@ from stages.readers import (
     readable,
 )
 from stages.schemas import SOURCES
+from stages.seen import SeenPairs, mark_repeats
+from stages.texts import clean_text, score_text
 
 READERS = {**TABLES, "annotations": read_annotations, "json": read_json}
 
@@ -58,26 +61,37 @@ class IngestConfig(Config):
 class IngestStage(DatasetStage):
     """Writes ``shard=<six digits>.parquet`` (SOURCES) for the rows of ``files``.
 
-    Inputs: ``seen``, the shards cut earlier; a row that repeats one of theirs is marked. A shard
-    never holds both web and human rows, and the outcome does not depend on the order of ``files``.
+    Inputs: ``seen``, the shards cut earlier; a row that repeats one of theirs is marked. Who cuts
+    file after file gives them once, to a ``SeenPairs`` of its own. A shard never holds both web and
+    human rows, and the outcome does not depend on the order of ``files``.
     """
 
     name = "ingest"
-    version = 1
+    version = 2
 
     def __init__(
-        self, config: IngestConfig, files: Sequence[SourceFile], first_shard: int = 0
+        self,
+        config: IngestConfig,
+        files: Sequence[SourceFile],
+        first_shard: int = 0,
+        seen: SeenPairs | None = None,
     ) -> None:
         self.config = config
+        self.seen = seen
         self.files = sorted(files, key=lambda file: (file.origin != "web", file.identity))
         self.first_shard = first_shard
 
     def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
         """Raises SourceError: a file cannot be read, is given twice, or a source has no rows."""
+        check_distinct(self.files)
+        with ExitStack() as stack:
+            seen = self.seen or stack.enter_context(SeenPairs())
+            seen.read(inputs.get("seen", ()))
+            self._cut(seen, output_dir, ctx)
+
+    def _cut(self, seen: SeenPairs, output_dir: Path, ctx: Context) -> None:
         import pyarrow.parquet as pq
 
-        check_distinct(self.files)
-        seen = seen_rows(inputs.get("seen", ()))
         shard = self.first_shard
         for _, group in itertools.groupby(self.files, key=lambda file: file.origin):
             tables = self._tables(list(group), ctx)
@@ -172,16 +186,16 @@ def read_rows(file: SourceFile) -> Iterator[pa.Table]:
             yield pa.Table.from_pylist([_source_row(file, r) for r in batch], schema=SOURCES)
 
 
-def cut(tables: Iterable[pa.Table], shard_size: int, seen: dict[str, str]) -> Iterator[pa.Table]:
+def cut(tables: Iterable[pa.Table], shard_size: int, seen: SeenPairs) -> Iterator[pa.Table]:
     """Tables of at most ``shard_size`` rows, ``repeat_of`` filled.
 
     Rows of one image that follow each other stay in one shard where that leaves it half full at
-    least. ``seen`` maps pair ids to the first row that has them; it grows.
+    least. ``seen`` learns the rows.
     """
     pending: list[pa.Table] = []
     rows = 0
     for table in tables:
-        pending.append(_marked(table, seen))
+        pending.append(mark_repeats(table, seen, SOURCES))
         rows += table.num_rows
         if rows <= shard_size:
             continue
@@ -194,17 +208,6 @@ def cut(tables: Iterable[pa.Table], shard_size: int, seen: dict[str, str]) -> It
         pending, rows = [whole.slice(start)], rows - start
     if rows:
         yield pa.concat_tables(pending).combine_chunks()
-
-
-def seen_rows(files: Iterable[Path]) -> dict[str, str]:
-    """Pair id → row_id of the first row that has it, from shards cut earlier."""
-    seen: dict[str, str] = {}
-    columns = ["row_id", "sample_id", "source", "text", "repeat_of"]
-    for table in read_tables(files, columns):
-        for row, sample, source, text, repeat in _lists(table, columns):
-            if repeat is None:
-                seen[ids.pair_id(sample, source, text)] = row
-    return seen
 
 
 def check_distinct(files: Iterable[SourceFile]) -> None:
@@ -282,7 +285,7 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _source_row(file: SourceFile, record: Record) -> dict[str, str | None]:
+def _source_row(file: SourceFile, record: Record) -> dict[str, Any]:
     row = ids.row_id(file.identity, record.number)
     url = None if record.url is None else _valid(record.url)
     if url is not None:
@@ -291,13 +294,20 @@ def _source_row(file: SourceFile, record: Record) -> dict[str, str | None]:
         image = ids.media_url(record.sha256)
     else:
         image = f"row:{row}" if record.media is None else f"file:{record.media}"
+    original = _valid(record.text)
+    text = clean_text(original)
     return {
         "row_id": row,
         "sample_id": ids.sample_id(image),
         "source": file.origin,
         "url": url,
         "media": record.media,
-        "text": _valid(record.text),
+        "text": text,
+        "original_text": original,
+        **score_text(text)._asdict(),
+        "image_hash": record.image_hash,
+        "extra": None if record.extra is None else _valid(record.extra),
+        "retry_of": None,
         "repeat_of": None,
     }
 
@@ -307,16 +317,6 @@ def _valid(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _marked(table: pa.Table, seen: dict[str, str]) -> pa.Table:
-    columns = ["row_id", "sample_id", "source", "text"]
-    repeats: list[str | None] = []
-    for row, sample, source, text in _lists(table, columns):
-        first = seen.setdefault(ids.pair_id(sample, source, text), row)
-        repeats.append(None if first == row else first)
-    index = table.schema.get_field_index("repeat_of")
-    return table.set_column(index, SOURCES.field("repeat_of"), pa.array(repeats, pa.string()))
-
-
 def _boundary(samples: pa.ChunkedArray, start: int, size: int) -> int:
     """Where the shard that begins at ``start`` ends: at most ``size`` rows on."""
     window = samples.slice(start, size + 1).to_pylist()
@@ -324,7 +324,3 @@ def _boundary(samples: pa.ChunkedArray, start: int, size: int) -> int:
     while end > size // 2 and window[end] == window[end - 1]:
         end -= 1
     return start + (end if end > size // 2 else size)
-
-
-def _lists(table: pa.Table, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    return zip(*(table[name].to_pylist() for name in columns), strict=True)

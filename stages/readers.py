@@ -50,7 +50,12 @@ class SourceConfig(Config):
     """``auto`` goes by the file's extension; ``human`` means an annotated set."""
     url_column: str | None = None
     """Column that holds the URL. None: recognised by name, whatever its case."""
-    text_column: str | None = None
+    text_column: str | tuple[str, ...] | None = None
+    """One column, or several: alt, title, caption. Each text that is not empty is a row."""
+    hash_column: str | None = None
+    """Column with the md5, sha1, sha256 or sha512 of the image, in hex; other bytes are refused."""
+    keep_columns: tuple[str, ...] = ()
+    """Further columns to keep, as JSON in the column ``extra``: licence, similarity, NSFW score."""
     split: tuple[str, ...] = ()
     """Karpathy-style JSON: only images of these splits. Empty: all."""
     image_root: str | None = None
@@ -87,11 +92,37 @@ class Record(NamedTuple):
     media: str | None = None
     sha256: str | None = None
     """Of the image's bytes, where ``media`` could be read."""
+    image_hash: str | None = None
+    """That the image must have, says the source."""
+    extra: str | None = None
+    """The columns to keep, as JSON."""
 
 
 class Columns(NamedTuple):
     url: str
-    text: str
+    texts: tuple[str, ...]
+    hash: str | None = None
+    extra: tuple[str, ...] = ()
+
+    @property
+    def all(self) -> list[str]:
+        named = (self.url, *self.texts, *self.extra, *filter(None, [self.hash]))
+        return list(dict.fromkeys(named))
+
+    def records(self, number: int, row: Mapping[str, Any]) -> Iterator[Record]:
+        """One record for each text of a row; one at least."""
+        several = len(self.texts)
+        found = [(i, text) for i, name in enumerate(self.texts) for text in _texts(row.get(name))]
+        filled = [(i, text) for i, text in found if text not in (None, "")] or found[:1]
+        for i, text in filled if several > 1 else found:
+            yield self._record(number * several + i, row, text)
+
+    def _record(self, number: int, row: Mapping[str, Any], text: object) -> Record:
+        hash_ = str(row.get(self.hash) or "").strip().lower() if self.hash else ""
+        kept = {name: row.get(name) for name in self.extra}
+        extra = json.dumps(kept, default=str, ensure_ascii=False) if kept else None
+        record = _row(number, row.get(self.url), text)
+        return record._replace(image_hash=hash_ or None, extra=extra)
 
 
 def read_parquet(file: SourceFile) -> Iterator[Record]:
@@ -99,16 +130,15 @@ def read_parquet(file: SourceFile) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     with fsspec.open(file.path, "rb") as stream:
-        table = pq.ParquetFile(stream)
+        # Read page by page: a row group may hold a million rows.
+        table = pq.ParquetFile(stream, buffer_size=1 << 16)
         columns = find_columns(file, table.schema_arrow.names)
-        for name in columns:
+        for name in (columns.url, *columns.texts):
             _check_type(file, name, table.schema_arrow.field(name).type)
-        batches = table.iter_batches(_BATCH_ROWS, columns=list(dict.fromkeys(columns)))
         numbers = itertools.count()
-        for batch in batches:
-            urls, texts = (batch.column(name).to_pylist() for name in columns)
-            for number, url, text in zip(numbers, urls, texts, strict=False):
-                yield _row(number, url, text)
+        for batch in table.iter_batches(_BATCH_ROWS, columns=columns.all):
+            for row in batch.to_pylist():
+                yield from columns.records(next(numbers), row)
 
 
 def read_csv(file: SourceFile) -> Iterator[Record]:
@@ -122,17 +152,16 @@ def read_csv(file: SourceFile) -> Iterator[Record]:
         # Lists without a header were written without quoting: a quote is part of the text there.
         quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs and headless else csv.QUOTE_MINIMAL
         if headless:
-            url = next(i for i, name in enumerate(names) if _is_url(name))
-            text = 0 if url else 1
+            place = next(i for i, name in enumerate(names) if _is_url(name))
+            columns = Columns(str(place), (str(0 if place else 1),))
+            names = list(map(str, range(len(names))))
         elif names:
             columns = find_columns(file, names)
-            url, text = names.index(columns.url), names.index(columns.text)
         csv.field_size_limit(_LONGEST_FIELD)
         lines = itertools.chain([first], stream) if headless else stream
         rows = csv.reader(lines, delimiter="\t" if tabs else ",", quoting=quoting)
         for number, row in enumerate(row for row in rows if row):
-            cells = dict(enumerate(row))
-            yield _row(number, cells.get(url), cells.get(text))
+            yield from columns.records(number, dict(zip(names, row, strict=False)))
 
 
 def read_jsonl(file: SourceFile) -> Iterator[Record]:
@@ -143,8 +172,8 @@ def read_jsonl(file: SourceFile) -> Iterator[Record]:
     columns = find_columns(file, list(dict.fromkeys(name for row in ahead for name in row)))
     numbers = itertools.count()
     for row in itertools.chain(ahead, rows):
-        for text in _texts(row.get(columns.text)):
-            yield _row(next(numbers), row.get(columns.url), text)
+        for record in columns.records(0, row):
+            yield record._replace(number=next(numbers))
 
 
 def read_text(file: SourceFile) -> Iterator[Record]:
@@ -188,11 +217,15 @@ def find_columns(file: SourceFile, names: Sequence[str]) -> Columns:
     Raises:
         SourceError: one is missing; says which there are.
     """
-    found = []
-    wanted = (
-        ("url", file.config.url_column, URL_NAMES),
-        ("text", file.config.text_column, TEXT_NAMES),
-    )
+    config = file.config
+    texts = (config.text_column,) if isinstance(config.text_column, str) else config.text_column
+    wanted: list[tuple[str, str | None, Sequence[str]]] = [
+        ("url", config.url_column, URL_NAMES),
+        *(("text", name, TEXT_NAMES) for name in texts or (None,)),
+        *(("hash", name, ()) for name in [config.hash_column] if name),
+        *(("keep", name, ()) for name in config.keep_columns),
+    ]
+    found: dict[str, list[str]] = {}
     lower = {name.strip().lower(): name for name in reversed(names)}
     for what, configured, known in wanted:
         if configured is not None:
@@ -203,10 +236,12 @@ def find_columns(file: SourceFile, names: Sequence[str]) -> Columns:
             sought = configured or f"for the {what} (looked for {', '.join(known)})"
             there = ", ".join(name[:40] for name in names[:20]) or "none"
             raise SourceError(
-                f"{file.path}: no column {sought}; there are: {there}; set {what}_column"
+                f"{file.path}: no column {sought}; there are: {there}; set "
+                f"{what}_column{'s' if what == 'keep' else ''}"
             )
-        found.append(name)
-    return Columns(*found)
+        found.setdefault(what, []).append(name)
+    hash_ = found.get("hash", [None])[0]
+    return Columns(found["url"][0], tuple(found["text"]), hash_, tuple(found.get("keep", ())))
 
 
 def json_lines(path: str) -> Iterator[Mapping[str, Any]]:
@@ -292,7 +327,7 @@ def _members(path: str) -> Iterator[tuple[str, str, str, bytes]]:
             yield f"{folder}/{key}", member.name, extension.lower(), content
 
 
-def _member_texts(extension: str, data: bytes, column: str | None) -> list[str]:
+def _member_texts(extension: str, data: bytes, column: str | tuple[str, ...] | None) -> list[str]:
     text = data.decode("utf-8", "replace")
     if extension != "json":
         return [text]
@@ -303,6 +338,9 @@ def _member_texts(extension: str, data: bytes, column: str | None) -> list[str]:
     if not isinstance(fields, dict):
         return [""]
     lower = {str(name).lower(): value for name, value in fields.items()}
+    if isinstance(column, tuple):
+        several = [text for name in column for text in _texts(lower.get(name.lower())) if text]
+        return list(map(str, several)) or [""]
     names: Iterable[str] = (column.lower(),) if column else TEXT_NAMES
     found = next((lower[name] for name in names if lower.get(name) is not None), None)
     return ["" if text is None else str(text) for text in _texts(found)]

@@ -35,7 +35,15 @@ SOURCES = _schema(
     ("source", _TEXT, "web or human"),
     ("url", _TEXT, "address of the image; null where the image lies in a file (media)"),
     ("media", _TEXT, "<file> or <tar>#<member> that holds the image; null where it has a URL"),
-    ("text", _TEXT, "alt text or human caption, unchanged; may be empty"),
+    ("text", _TEXT, "alt text or human caption, cleaned (texts.clean_text); may be empty"),
+    ("original_text", _TEXT, "the text as the source has it"),
+    ("text_words", pa.int32(), "words of the cleaned text"),
+    ("text_letters", pa.float32(), "letters among its characters that are no spaces, 0 to 1"),
+    ("text_repetition", pa.float32(), "words that it has said before, 0 to 1"),
+    ("text_boilerplate", pa.bool_(), "whether it is a file name or placeholder and nothing else"),
+    ("image_hash", _TEXT, "md5, sha1, sha256 or sha512 that the image must have, in hex; or null"),
+    ("extra", _TEXT, "further columns of the source that were asked for, as a JSON object; null"),
+    ("retry_of", _TEXT, "row_id of the row that this one tries again; null for a source's own"),
     ("repeat_of", _TEXT, "row_id of the first row with the same image and text; null if none"),
 )
 
@@ -44,7 +52,7 @@ DOWNLOAD = _schema(
     _SAMPLE_ID,
     ("source", _TEXT, "web or human"),
     ("url", _TEXT, "address of the image; null where it came from a file"),
-    ("text", _TEXT, "alt text or human caption, unchanged; may be empty"),
+    ("text", _TEXT, "alt text or human caption, cleaned; may be empty"),
     ("status", _TEXT, "success, duplicate_row, or the reason of failure (download.STATUSES)"),
     _DETAIL,
     ("http_code", pa.int32(), "status code of the last HTTP answer; null where there was none"),
@@ -155,7 +163,7 @@ TEXTS = _schema(
 ROWS = _schema(
     _ROW_ID,
     _SAMPLE_ID,
-    ("state", _TEXT, "downloaded, duplicate_row, removed, or the reason of failure"),
+    ("state", _TEXT, "downloaded, duplicate_row, removed, retried, or the reason of failure"),
     _SHARD,
 )
 

@@ -44,8 +44,9 @@ def sources(*rows: dict[str, Any]) -> pa.Table:
     filled = []
     for number, row in enumerate(rows):
         key = row.get("url") or row.get("media") or f"row {number}"
-        whole = {"source": "web", "url": None, "media": None, "text": "t", "repeat_of": None}
-        filled.append({"row_id": str(number), "sample_id": ids.sample_id(key), **whole, **row})
+        whole = dict.fromkeys(SOURCES.names) | {"source": "web", "text": "t"}
+        known = {"row_id": str(number), "sample_id": ids.sample_id(key)}
+        filled.append({**whole, **known, **row})
     return pa.Table.from_pylist(filled, schema=SOURCES)
 
 
@@ -171,6 +172,20 @@ def test_images_in_files_and_tars(web: WebServer, tmp_path: Path) -> None:
     ]
     assert rows[2]["image"] is None
     assert rows[1]["url"] is None
+
+
+def test_bytes_must_have_the_hash_that_the_source_says(web: WebServer, tmp_path: Path) -> None:
+    data = picture(seed=9)
+    url = web.serve("/hashed.jpg", data)
+    (tmp_path / "a.jpg").write_bytes(data)
+    known = [hashlib.new(name, data).hexdigest() for name in ("md5", "sha1", "sha256", "sha512")]
+    for expected in known:
+        (row,) = run(stage(web), sources({"url": url, "image_hash": expected}))
+        assert row["status"] == "success"
+    for wrong in (known[0][::-1], known[2][::-1], "nothing like it"):
+        (row,) = run(stage(web), sources({"url": url, "image_hash": wrong}))
+        assert (row["status"], row["image"]) == ("hash_mismatch", None)
+        assert row["sha256"] == known[2]
 
 
 def test_failed_rows_need_no_set_up(web: WebServer) -> None:

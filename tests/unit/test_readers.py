@@ -21,10 +21,10 @@ A, B = "http://a.test/1.jpg", "https://b.test/2.png"
 
 
 def read(path: Path, **options: object) -> list[tuple[str | None, str]]:
-    """(url, text) of every row of a source."""
+    """(url, text as the source has it) of every row."""
     files = list_files(SourceConfig(path=str(path), **options))
     rows = [row for file in files for table in read_rows(file) for row in table.to_pylist()]
-    return [(row["url"], row["text"]) for row in rows]
+    return [(row["url"], row["original_text"]) for row in rows]
 
 
 def tar(path: Path, members: dict[str, bytes]) -> Path:
@@ -181,3 +181,37 @@ def test_real_alt_text_files() -> None:
     assert (len(laion), len(cc3m)) == (1000, 6000)
     assert all(url and url.startswith("http") for url, _ in laion + cc3m)
     assert sum(bool(text) for _, text in laion + cc3m) > 6900
+
+
+def test_several_text_columns_are_rows_of_one_image(tmp_path: Path) -> None:
+    lines = [
+        {"url": A, "alt": "a cat", "title": "Tom", "more": ["x", ""]},
+        {"url": B, "alt": "", "title": None, "more": "y"},
+        {"url": A, "alt": None},
+    ]
+    (tmp_path / "x.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    found = read(tmp_path / "x.jsonl", text_column=["alt", "title", "more"])
+    assert found == [(A, "a cat"), (A, "Tom"), (A, "x"), (B, "y"), (A, "")]
+    table = {"url": [A, B], "alt": ["a", ""], "title": ["b", ""]}
+    pq.write_table(pa.table(table), tmp_path / "x.parquet")
+    source = SourceConfig(path=str(tmp_path / "x.parquet"), text_column=("alt", "title"))
+    (rows,) = read_rows(list_files(source)[0])
+    assert rows["original_text"].to_pylist() == ["a", "b", ""]
+    assert len(set(rows["row_id"].to_pylist())) == 3
+    assert len(set(rows["sample_id"].to_pylist())) == 2
+
+
+def test_hashes_and_further_columns_are_kept(tmp_path: Path) -> None:
+    pq.write_table(
+        pa.table({"url": [A], "text": ["t"], "MD5": [" ABC "], "nsfw": [0.5], "licence": ["by"]}),
+        tmp_path / "x.parquet",
+    )
+    source = SourceConfig(
+        path=str(tmp_path / "x.parquet"), hash_column="MD5", keep_columns=("nsfw", "licence")
+    )
+    (rows,) = read_rows(list_files(source)[0])
+    assert rows["image_hash"].to_pylist() == ["abc"]
+    assert json.loads(rows["extra"][0].as_py()) == {"nsfw": 0.5, "licence": "by"}
+    for field in ({"hash_column": "nope"}, {"keep_columns": ("nope",)}):
+        with pytest.raises(SourceError, match="no column nope"):
+            read(tmp_path / "x.parquet", **field)

@@ -1,0 +1,90 @@
+"""Web texts made fit to read, and plain figures that tell junk from language.
+
+The figures are columns; what they mean is decided by thresholds in `stages.select`.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from typing import NamedTuple
+
+_LONGEST = 10_000  # characters; longer texts describe no picture, and cost time to clean
+_PASSES = 4  # of unescaping: what was escaped more often stays as it is
+
+_HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
+_TAG = re.compile(r"<!--.*?(?:-->|$)|</?[A-Za-z!][^<>]*>", re.DOTALL)
+_WORD = re.compile(r"\w+")
+_JOINERS = "\u200c\u200d"  # spell words in Persian and Indic scripts, and compose emoji
+_BOILERPLATE = re.compile(
+    r"""^\W*(?:
+        (?:img|dsc|dscn|dscf|pict?|photo|image|screenshot|untitled|scan|thumb(?:nail)?|banner|logo)
+            [\s_-]*\(?\d*\)?
+        | [\w()-]+(?:\s*\d+)?\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg)
+        | (?:no|missing)\s+(?:image|photo|picture|alt)(?:\s+\w+)?
+        | (?:image|photo|picture)\s+(?:not\s+)?(?:available|found|coming\s+soon)
+        | click\s+(?:here|to)\b.* | (?:all\s+rights\s+reserved|copyright|©)\b.*
+        | (?:share|follow)\s+(?:on|us)\b.* | loading\W* | advertisement | https?://\S+
+    )\W*$""",
+    re.IGNORECASE | re.VERBOSE,
+)
+
+
+class TextScores(NamedTuple):
+    """Figures of one text, as columns of SOURCES."""
+
+    text_words: int
+    text_letters: float
+    """Letters among the characters that are not spaces, 0 to 1."""
+    text_repetition: float
+    """Words that the text has said before, 0 to 1."""
+    text_boilerplate: bool
+    """A file name, a placeholder or a page's furniture, and nothing else."""
+
+
+def clean_text(text: str) -> str:
+    """``text`` in NFC, without markup and control characters, entities decoded, whitespace folded.
+
+    At most the first 10,000 characters. Cleaning a clean text changes nothing, unless it was
+    escaped more than four times over.
+    """
+    text = text[:_LONGEST]
+    if text.isascii() and text.isprintable() and not ("&" in text or "<" in text):
+        return " ".join(text.split())  # as most are
+    for _ in range(_PASSES):
+        before = text
+        text = _TAG.sub(" ", _HIDDEN.sub(" ", html.unescape(text)))
+        text = "".join(map(_plain, unicodedata.normalize("NFC", text)))
+        text = unicodedata.normalize("NFC", " ".join(text.split()))
+        if text == before:
+            break
+    return text
+
+
+def _plain(character: str) -> str:
+    """The character, a space in place of a control, or nothing in place of what is not seen."""
+    if character.isascii():
+        return character if character.isprintable() else " "
+    category = unicodedata.category(character)
+    if category == "Cc":
+        return " "
+    if category in {"Cf", "Cs", "Co", "Cn"} and character not in _JOINERS:
+        return ""
+    return character
+
+
+def score_text(text: str) -> TextScores:
+    """Figures of a text from `clean_text`."""
+    words = _WORD.findall(text.casefold())
+    solid = [character for character in text if not character.isspace()]
+    letters = sum(
+        character.isalpha() or unicodedata.combining(character) > 0 for character in solid
+    )
+    repeated = len(words) - len(set(words))
+    return TextScores(
+        len(words),
+        letters / len(solid) if solid else 0.0,
+        repeated / len(words) if words else 0.0,
+        bool(_BOILERPLATE.match(text)),
+    )
