@@ -97,7 +97,8 @@ class Context(Protocol):
     world_size: int
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """``[function(item) for item in items]``, in order, perhaps in parallel."""
+        """``[function(item) for item in items]``, in order, perhaps in parallel; on this machine,
+        so that ``function`` may read files that the stage wrote."""
         ...
 
     def progress(self, message: str, done: int, total: int) -> None:

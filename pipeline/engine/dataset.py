@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dag import DatasetTask, Published
 from pipeline.engine.shard import code_version, open_model
@@ -35,7 +36,9 @@ class StageContext:
         self._checkpoints = checkpoints
 
     def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        remote = ray.remote(function)
+        # On this machine: what is mapped may read scratch files of the stage that maps.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        remote = ray.remote(function).options(scheduling_strategy=here)
         return list(ray.get([remote.remote(item) for item in items]))
 
     def progress(self, message: str, done: int, total: int) -> None:

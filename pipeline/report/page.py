@@ -269,6 +269,7 @@ _SETTINGS = (
     ("Threshold, web texts", "select.threshold"),
     ("Threshold, synthetic texts", "select.synthetic_threshold"),
     ("Same picture from a cosine of", "dedup.semantic_cosine"),
+    ("Images that may share a text", "select.text_cap"),
     ("Pretraining steps", "pretrain.steps"),
     ("Batch size", "pretrain.batch_size"),
     ("Learning rate", "pretrain.lr"),

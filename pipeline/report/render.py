@@ -19,6 +19,7 @@ from markupsafe import Markup
 from pipeline.report import page
 from pipeline.report.charts import histogram, swatch
 from pipeline.report.collect import RoundFacts, RunFacts, read_facts, read_histogram
+from pipeline.report.duplicates import read_duplicates
 from pipeline.report.funnel import accounts, funnels, reasons
 from pipeline.report.hosts import read_hosts
 from pipeline.report.metrics import loss_charts, splits
@@ -76,6 +77,7 @@ def render(store: Store) -> str:
             shown=shown,
             samples=samples,
             hosts=read_hosts(store, facts.rounds),
+            searched=read_duplicates(store, facts.rounds),
             histograms=_histograms(store, shown, facts.config) if shown is not None else [],
         )
     )
