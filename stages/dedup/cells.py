@@ -24,13 +24,13 @@ _FALSE_ALARMS = 1e-5
 
 @dataclass(frozen=True)
 class Cells:
-    """``rows`` of ``vectors`` in principal components, and the cells they lie in.
+    """Rows of ``vectors`` in principal components, and the cells they lie in.
 
-    Positions below count in ``rows``. The arrays lie in ``folder`` and are mapped, not loaded.
+    The arrays lie in ``folder`` and are mapped, not loaded: whoever is handed cells is handed
+    little. Positions count in ``rows``.
     """
 
     vectors: Vectors
-    rows: Rows
     cosine: float
     mean: Matrix
     components: Matrix
@@ -38,6 +38,12 @@ class Cells:
     centres: Matrix
     """(cells, dimensions)."""
     folder: Path
+
+    @property
+    def rows(self) -> Rows:
+        """The rows of ``vectors`` that are parted."""
+        mapped: Rows = np.load(self.folder / "rows.npy", mmap_mode="r")
+        return mapped
 
     @property
     def count(self) -> int:
@@ -84,8 +90,8 @@ class Cells:
         apart = torch.cdist(centres, centres) * (reach * self._distance / 2 + _SLACK)
         half = (centres * centres).sum(dim=1) / 2
         own, touched, cells = [], [], []
-        for start in range(0, len(self.rows), _BLOCK):
-            ctx.progress("parting images into cells", start, len(self.rows))
+        for start in range(0, len(projected), _BLOCK):
+            ctx.progress("parting images into cells", start, len(projected))
             # x·c - |c|²/2: its difference between two cells, over the distance of their centres,
             # is how far x lies from their border.
             scores = (
@@ -96,9 +102,9 @@ class Cells:
             own.append(first.numpy().astype(np.int32))
             touched.append((at.numpy() + start).astype(np.int64))
             cells.append(cell.numpy().astype(np.int32))
-        self._write("members", np.concatenate(own), np.arange(len(self.rows)))
+        self._write("members", np.concatenate(own), np.arange(len(projected)))
         self._write("touching", np.concatenate(cells), np.concatenate(touched))
-        return sum(map(len, cells)) / len(self.rows)
+        return sum(map(len, cells)) / len(projected)
 
     def _write(self, name: str, cells: npt.NDArray[np.int32], positions: Rows) -> None:
         np.save(self.folder / f"{name}.npy", positions[np.argsort(cells, kind="stable")])
@@ -130,14 +136,14 @@ def part(vectors: Vectors, rows: Rows, cosine: float, count: int | None, folder:
     )
     kmeans.train(np.ascontiguousarray(sample[:, :width]))
     components = np.ascontiguousarray(axes[:, :width])
-    cells = Cells(vectors, rows, cosine, mean, components, kmeans.centroids, folder)
+    np.save(folder / "rows.npy", rows)
     shape = (len(rows), width)
     projected = np.lib.format.open_memmap(folder / "projected.npy", "w+", np.float32, shape)
     for start in range(0, len(rows), _BLOCK):
         block = vectors.read(rows[start : start + _BLOCK]) - mean
         projected[start : start + _BLOCK] = block @ components
     projected.flush()
-    return cells
+    return Cells(vectors, cosine, mean, components, kmeans.centroids, folder)
 
 
 def _enough(sample: Matrix, bound: float) -> int:

@@ -34,6 +34,8 @@ _BLOCK = 2048
 """Rows of a tile. Fixed, so that float sums never depend on a setting; a tile takes 16 MiB."""
 _TASKS = 64
 """Parts of a search that run side by side, at most."""
+_FEW = 8
+"""So few are done before workers for them have started."""
 
 
 @dataclass(frozen=True)
@@ -156,38 +158,35 @@ def _sampled(cells: Cells, chosen: Rows, fresh: Mask, ctx: Context, scratch: Pat
     """Keys (`Ties.incident`) of all close pairs of the chosen rows, compared with every row."""
     watch = np.zeros(cells.vectors.rows, dtype=np.bool_)
     watch[chosen] = True
-    at = np.searchsorted(cells.rows, chosen)
+    at, count = np.searchsorted(cells.rows, chosen), len(cells.rows)
 
     def against(start: int) -> Ties:
-        stop = min(start + 16 * _BLOCK, len(cells.rows))
-        right = np.arange(start, stop)
+        every = np.arange(start, min(start + 16 * _BLOCK, count))
+        rows = cells.rows[every]
         found = []
         for first in range(0, len(at), _BLOCK):
-            i, j = cells.near(at[first : first + _BLOCK], right)
+            i, j = cells.near(at[first : first + _BLOCK], every)
             left = chosen[first + i]
-            apart = left != cells.rows[start + j]
-            found.append(
-                verified(
-                    cells.vectors, left[apart], cells.rows[start + j[apart]], cells.cosine, watch
-                )
-            )
+            apart = left != rows[j]
+            left, right = left[apart], rows[j[apart]]
+            found.append(verified(cells.vectors, left, right, cells.cosine, watch))
         return gathered(found)
 
-    starts = range(0, len(cells.rows), 16 * _BLOCK)
+    starts = range(0, count, 16 * _BLOCK)
     return gathered(spread(ctx, "searching a sample exhaustively", against, starts)).incident(watch)
 
 
 def _within_cells(cells: Cells, fresh: Mask, watch: Mask, ctx: Context) -> Ties:
     def join(numbers: range) -> Ties:
-        found = []
+        found, rows = [], cells.rows
         for number in numbers:
             members, near = cells.members(number), cells.touching(number)
-            new, late = fresh[cells.rows[near]], members[fresh[cells.rows[members]]]
+            new, late = fresh[rows[near]], members[fresh[rows[members]]]
             for queries, others in ((near[new], members), (near[~new], late)):
                 for start in range(0, len(queries), _BLOCK):
                     part_ = queries[start : start + _BLOCK]
                     i, j = cells.near(part_, others)
-                    left, right = cells.rows[part_[i]], cells.rows[others[j]]
+                    left, right = rows[part_[i]], rows[others[j]]
                     apart = left != right
                     found.append(
                         verified(cells.vectors, left[apart], right[apart], cells.cosine, watch)
@@ -202,6 +201,7 @@ def _within_cells(cells: Cells, fresh: Mask, watch: Mask, ctx: Context) -> Ties:
 def spread(ctx: Context, message: str, work: Callable[[T], Ties], parts: Sequence[T]) -> list[Ties]:
     """``work`` on every part, side by side where the engine can."""
     ctx.progress(message, 0, len(parts))
-    done = [work(item) for item in parts] if len(parts) <= 1 else ctx.map(work, list(parts))
+    few = len(parts) <= _FEW
+    done = [work(item) for item in parts] if few else ctx.map(work, list(parts))
     ctx.progress(message, len(parts), len(parts))
     return done

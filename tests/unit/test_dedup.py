@@ -396,6 +396,7 @@ def test_shards_workers_and_batches_change_nothing(
     for number, (workers, batch, tasks) in enumerate([(1, 8192, 64), (3, 7, 5), (2, 100, 1)]):
         monkeypatch.setattr(dedup_images, "_BATCH", batch)
         monkeypatch.setattr(search, "_TASKS", tasks)
+        monkeypatch.setattr(search, "_FEW", 1)
         folder = tmp_path / str(number)
         folder.mkdir()
         parts = np.array_split(RNG(number).permutation(len(rows)), 1 + 2 * number)
