@@ -87,6 +87,8 @@ def _worker(config: dict[str, Any]) -> None:
     if _final_error(config["tasks"], config["board"]) is not None:
         return  # restarted by Ray, which cannot tell one error from another
     for task in config["tasks"]:
+        if store.exists(task.record):
+            continue  # restarted by Ray, after this one was published
         started = time.time()
         ctx = TrainContext(task, store, config["board"])
         with tempfile.TemporaryDirectory() as output:

@@ -31,9 +31,13 @@ class Doomed(DatasetStage):
         (self.marks / str(time.time_ns())).touch()
         if self.fate == "diverges":
             raise TrainingError("pretrain: step 3 of 9: the loss is nan")
-        if first:
+        if first and self.fate == "dies":
             os._exit(7)
         (output_dir / "done").write_text("done")
+
+
+class Second(Doomed):
+    name = "finetune_captioner"
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +46,10 @@ def board(tmp_path_factory):
         yield board
 
 
-def task_of(tmp_path: Path, fate: str) -> DatasetTask:
+def task_of(tmp_path: Path, fate: str, kind: type[Doomed] = Doomed) -> DatasetTask:
     marks = tmp_path / "marks"
-    marks.mkdir()
-    return DatasetTask(Doomed(marks, fate), 0, "0" * 16, "round=00/models", {})
+    marks.mkdir(parents=True)
+    return DatasetTask(kind(marks, fate), 0, "0" * 16, "round=00/models", {})
 
 
 def test_an_error_that_would_come_again_is_told_once(tmp_path: Path, board) -> None:
@@ -60,3 +64,14 @@ def test_a_worker_that_dies_is_started_again(tmp_path: Path, board) -> None:
     run_training(store, [task], CONFIG, board)
     assert len(list((tmp_path / "marks").iterdir())) == 2
     assert store.exists(task.record)
+
+
+def test_what_is_published_is_not_trained_again_when_a_later_worker_dies(
+    tmp_path: Path, board
+) -> None:
+    store = Store(str(tmp_path / "run"))
+    tasks = [task_of(tmp_path / "1", "works"), task_of(tmp_path / "2", "dies", Second)]
+    run_training(store, tasks, CONFIG, board)
+    assert all(store.exists(task.record) for task in tasks)
+    starts = [len(list((tmp_path / part / "marks").iterdir())) for part in ("1", "2")]
+    assert starts == [1, 2]
