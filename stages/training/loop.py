@@ -45,7 +45,8 @@ class TrainingConfig(Config):
     """Pairs a step, over all workers and batches; must be divisible by their number."""
     accumulate: int = Field(1, ge=1)
     """Batches that a step's pairs are cut into, to save memory. ITC and ITM compare pairs within
-    one batch and with the queue, which is filled after each; momentum copies move once a step."""
+    one batch and with the queue, which is filled after each; momentum copies move once a step. A
+    loss is the mean of its batches' means, so that LM counts a token more in a batch with fewer."""
     global_negatives: bool = True
     """ITC's candidates and ITM's negatives come from all workers' pairs, and losses are means over
     all of them, as if one worker held the batch. False: each worker's own, as the original's
@@ -254,12 +255,13 @@ class _Training:
     def _backward(self, step: int, batch: Batch, last: bool) -> Tensor:
         """Add to the gradients; returns total, ITC, ITM and LM."""
         half = self.config.precision == "bf16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            losses: MedLosses = self.parallel.model(
-                batch, self.schedule.alpha_at(step), self.workers
-            )
-        total = losses.total
-        self.parallel.backward(total / self.config.accumulate, last)
+        with self.parallel.batch(last):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                losses: MedLosses = self.parallel.model(
+                    batch, self.schedule.alpha_at(step), self.workers
+                )
+            total = losses.total
+            (total / self.config.accumulate).backward()  # type: ignore[no-untyped-call]
         return torch.stack([total.detach(), *(loss.detach() for loss in losses)])
 
     def _check_step(self, step: int, loss: float, gradient: float) -> None:
@@ -282,6 +284,7 @@ class _Training:
             # So that all workers see the same means, and all stop where one of them must.
             all_reduce(rows)
             rows /= self.ctx.world_size
+            self.window = list(rows)  # what a checkpoint keeps holds for every worker
         means: list[float] = rows.double().mean(0).tolist()
         if self.first_loss is not None and means[0] > DIVERGED * self.first_loss:
             self._fail(done, f"the loss rose to {means[0]:.3g} from {self.first_loss:.3g} at first")

@@ -6,8 +6,8 @@ Checkpoints hold whole tensors either way, so a run may go on under the other st
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
@@ -28,12 +28,9 @@ class Alone:
     def __init__(self, losses: nn.Module) -> None:
         self.model = losses
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        """Add to the gradients; ``last`` of a step: bring the workers' together."""
-        with self._exchange(last):
-            loss.backward()  # type: ignore[no-untyped-call]
-
-    def _exchange(self, last: bool) -> AbstractContextManager[None]:
+    def batch(self, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a batch; the ``last`` of a step brings the workers'
+        gradients together."""
         return nullcontext()
 
     def gradient_norm(self, parameters: list[nn.Parameter], largest: float | None) -> Tensor:
@@ -66,7 +63,7 @@ class Replicated(Alone):
             self._ddp = DistributedDataParallel(losses, broadcast_buffers=False)
         super().__init__(self._ddp)
 
-    def _exchange(self, last: bool) -> AbstractContextManager[None]:
+    def batch(self, last: bool) -> AbstractContextManager[None]:
         return nullcontext() if last else cast(AbstractContextManager[None], self._ddp.no_sync())
 
 
@@ -86,11 +83,12 @@ class Sharded(Alone):
         fully_shard(losses, ignored_params=self._scalars)
         super().__init__(losses)
 
-    def backward(self, loss: Tensor, last: bool) -> None:
+    @contextmanager
+    def batch(self, last: bool) -> Iterator[None]:
         root = cast(FSDPModule, self.model)
         root.set_requires_gradient_sync(last)
         root.set_is_last_backward(last)
-        super().backward(loss, last)
+        yield
         for scalar in self._scalars:
             if last and scalar.grad is not None:
                 all_reduce(scalar.grad)
@@ -140,31 +138,31 @@ def parallel(losses: nn.Module, med: Med, kind: Parallel, world_size: int) -> Al
 
 
 def whole_state(module: nn.Module, strategy: Alone, keep: bool) -> dict[str, Tensor]:
-    """The module's state with whole tensors, tied ones still tied; empty unless ``keep``."""
+    """The module's state with whole tensors on the CPU, tied ones still tied; empty unless
+    ``keep``. One tensor at a time is whole on the device, which need not hold all of them."""
     tensors = module.state_dict(keep_vars=True)
     made: dict[int, Tensor | None] = {}
     for value in tensors.values():
         if id(value) not in made:
-            made_whole = strategy.whole(value.detach())
-            made[id(value)] = made_whole if keep else None
+            whole = strategy.whole(value.detach())
+            made[id(value)] = whole.cpu() if keep else None
     return {
-        name: whole for name, value in tensors.items() if (whole := made[id(value)]) is not None
+        name: tensor for name, value in tensors.items() if (tensor := made[id(value)]) is not None
     }
 
 
 def whole_optimizer(
     optimizer: torch.optim.Optimizer, strategy: Alone, keep: bool
 ) -> dict[str, Any]:
-    """The optimiser's state with whole tensors; empty unless ``keep``."""
+    """The optimiser's state with whole tensors on the CPU; empty unless ``keep``."""
     state = optimizer.state_dict()
     made: dict[int, dict[str, Any]] = {}
     for index, entry in state["state"].items():
-        whole = {
-            name: strategy.whole(value) if isinstance(value, Tensor) else value
-            for name, value in entry.items()
-        }
-        if keep:
-            made[index] = whole
+        made[index] = {}
+        for name, value in entry.items():
+            whole = strategy.whole(value) if isinstance(value, Tensor) else value
+            if keep:
+                made[index][name] = whole.cpu() if isinstance(whole, Tensor) else whole
     return {**state, "state": made} if keep else {}
 
 

@@ -18,6 +18,7 @@ from stages.models.text import fitted_to, load_tokenizer
 from stages.pretrain import PretrainLosses
 from stages.training.data import Pairs
 from stages.training.loop import CHECKPOINT, Losses, TrainingConfig, train
+from stages.training.parallel import Replicated
 from stages.training.swaps import WordSwaps
 from tests.toy_pairs import COLOURS, png, sample, toy_med, toy_tokenizer, write_tar
 
@@ -41,6 +42,7 @@ CASES: dict[str, dict[str, Any]] = {
         "parallel": "fsdp2",
         "gradient_checkpointing": True,
     },
+    "ddp, one line": {"log_every": 4},
     "ddp, near misses": {"near_misses": 2},
     "ddp, own negatives": {"global_negatives": False},
     "fsdp2, own negatives": {"global_negatives": False, "parallel": "fsdp2"},
@@ -107,8 +109,25 @@ def worker(rank: int, folder: Path, port: int) -> None:
     for before, after in (("ddp", "fsdp2"), ("fsdp2", "ddp")):
         case = CASES[after]
         results[f"{before}, then {after}"] = trained(folder, case, folder / before, rank, 2)
+    # A line of the log that began before the checkpoint.
+    results["one line, resumed"] = trained(
+        folder, CASES["ddp, one line"], folder / "ddp, one line", rank, 2
+    )
     torch.save(results, folder / f"rank{rank}.pt")
+    torch.save(gradients_by_batch(rank), folder / f"gradients{rank}.pt")
     torch.distributed.destroy_process_group()
+
+
+def gradients_by_batch(rank: int) -> list[float]:
+    """Of a replicated weight, after each of a step's two batches."""
+    linear = torch.nn.Linear(1, 1, bias=False)
+    strategy, seen = Replicated(linear), []
+    for last in (False, True):
+        with strategy.batch(last):
+            strategy.model(torch.tensor([[rank + 1.0]])).sum().backward()
+        assert linear.weight.grad is not None
+        seen.append(linear.weight.grad.item())
+    return seen
 
 
 def free_port() -> int:
@@ -144,6 +163,12 @@ def test_two_workers_do_what_one_does(world: Path, tmp_path: Path, name: str) ->
         assert_same(alone, torch.load(world / f"rank{rank}.pt")[name])
 
 
+def test_a_resumed_run_logs_what_all_workers_lost(world: Path) -> None:
+    for rank in range(2):
+        results = torch.load(world / f"rank{rank}.pt")
+        assert_same(results["ddp, one line"], results["one line, resumed"])
+
+
 def test_own_negatives_are_another_loss_that_both_strategies_share(world: Path) -> None:
     results = [torch.load(world / f"rank{rank}.pt") for rank in range(2)]
     replicated = results[0]["ddp, own negatives"]
@@ -166,3 +191,7 @@ def test_a_checkpoint_is_the_same_file_either_way(world: Path) -> None:
     torch.testing.assert_close(*states, rtol=0, atol=1e-8)
     sizes = [(last_folder(world / name) or world).joinpath(CHECKPOINT) for name in ("ddp", "fsdp2")]
     assert abs(sizes[0].stat().st_size - sizes[1].stat().st_size) < 10_000, "tied tensors once"
+
+
+def test_gradients_travel_once_a_step(world: Path) -> None:
+    assert [torch.load(world / f"gradients{rank}.pt") for rank in range(2)] == [[1, 3], [2, 3]]
