@@ -30,6 +30,11 @@ Bring a run to the state that CONFIG asks for. Running again goes on where the l
 CONFIG is a YAML file; key=value overrides one of its fields, e.g. select.threshold=0.4.
 """
 
+_FORGET = """\
+Take samples out of a run. No stage uses them from now on, rounds under way select anew without
+them, and later rounds keep to it. What finished rounds have written stays; their models are named.
+"""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -105,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("overrides", metavar="key=value", nargs="*")
     run.add_argument("--rounds", type=int, metavar="N", help="the same as rounds.count=N")
     run.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
+    run.add_argument(
+        "--retry-failed", action="store_true", help="fetch again what failed and may work now"
+    )
     for name, handler, text in (
         ("status", _do_status, "how far a run is, and its figures"),
         ("verify", _do_verify, "check the ledger, every record and every file of a run"),
@@ -116,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     _inspect_options(commands.choices["inspect"])
     commands.choices["report"].add_argument("--output", type=Path, metavar="FILE")
+    _forget_options(command("forget", _do_forget, "take samples out of a run", _FORGET))
     importing = command("import-checkpoint", _do_import, "turn a released BLIP .pth into folders")
     _import_options(importing)
     return parser
@@ -130,6 +139,17 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
     )
     for tower in ("vision", "text"):
         parser.add_argument(f"--{tower}-heads", type=int, metavar="N", help="default: width / 64")
+
+
+def _forget_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="run folder: a path or an s3:// or gs:// URL")
+    given = parser.add_mutually_exclusive_group(required=True)
+    for name, text in (
+        ("urls", "URLs of images, one a line"),
+        ("ids", "sample_ids"),
+        ("hashes", "sha256 of images as downloaded"),
+    ):
+        given.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -151,7 +171,7 @@ def _do_run(options: argparse.Namespace) -> int:
     from pipeline.progress import Screen
 
     with Screen() as screen:
-        rounds.run(config, screen, dry_run=options.dry_run)
+        rounds.run(config, screen, options.dry_run, options.retry_failed)
     if not options.dry_run:
         from pipeline.status import print_figures, read_status
         from pipeline.store import Store
@@ -216,6 +236,26 @@ def _do_report(options: argparse.Namespace) -> int:
     from pipeline.report.render import write_report
 
     print(write_report(store, options.output))
+    return 0
+
+
+def _do_forget(options: argparse.Namespace) -> int:
+    from pipeline.forget import Kind, forget, read_list
+
+    store = _open(options)
+    given: dict[Kind, Path | None] = {
+        "url": options.urls,
+        "id": options.ids,
+        "hash": options.hashes,
+    }
+    kind, path = next((kind, path) for kind, path in given.items() if path is not None)
+    found = forget(store, kind, read_list(path, kind))
+    print(
+        f"{found.asked} asked for, {found.samples} samples of this run"
+        f"{'' if found.new else '; all were forgotten before'}"
+    )
+    for place in found.seen_by:
+        print(f"had seen them: {place}")
     return 0
 
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import duckdb
+import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
 from pipeline.runfolder import STAGES, Round, read_rounds, table_names, tables
 from pipeline.store import Payload, Store
 from pipeline.terminal import clean, grid, size
+from pipeline.tombstones import read_removed
 from stages.errors import UserError
 
 _WIDE = 6
@@ -119,8 +121,11 @@ class Query:
     no other file, no network, no extension, nothing written.
     """
 
-    def __init__(self, store: Store, views: Mapping[str, View]) -> None:
-        self._store = store
+    def __init__(
+        self, store: Store, views: Mapping[str, View], hidden: frozenset[str] = frozenset()
+    ) -> None:
+        """``hidden``: sample_ids whose rows no view shows."""
+        self._store, self._hidden = store, hidden
         self._views = dict(views)
         for stage in STAGES:
             mine = _named(views, stage)
@@ -162,6 +167,8 @@ class Query:
                 "python_enable_replacements": False,
             },
         )
+        hidden = pa.table({"sample_id": pa.array(sorted(self._hidden), pa.string())})
+        connection.register("_hidden", hidden)
         allowed: list[str] = []
         for name, view in self._views.items():
             if self._store.is_local or re.search(rf"\b{name}\b", sql, re.IGNORECASE):
@@ -173,12 +180,19 @@ class Query:
                 connection.execute(
                     f'CREATE VIEW "{name}" AS SELECT * '
                     f"FROM read_parquet([{listed}], hive_partitioning=false)"
+                    f"{self._visible(view)}"
                 )
         listed = ", ".join(map(_literal, allowed))
         connection.execute(f"SET allowed_paths=[{listed}]")
         connection.execute("SET enable_external_access=false")
         connection.execute("SET lock_configuration=true")
         return connection
+
+    def _visible(self, view: View) -> str:
+        """The condition that leaves hidden samples out, of a table that names samples."""
+        if not self._hidden or "sample_id" not in self._store.read_schema(view.files[0]).names:
+            return ""
+        return " WHERE sample_id IS NULL OR sample_id NOT IN (SELECT sample_id FROM _hidden)"
 
 
 def _literal(text: str) -> str:
@@ -213,7 +227,7 @@ def print_overview(rounds: Mapping[int, Mapping[str, View]], out: Console) -> No
 def print_view(store: Store, view: View, rows: int | None, out: Console) -> None:
     """Schema with comments, counts, and the first rows of one table."""
     schema = store.read_schema(view.files[0])
-    query = Query(store, {view.name: view})
+    query = Query(store, {view.name: view}, read_removed(store).samples)
     files = f"{len(view.files)} file{'s' if len(view.files) != 1 else ''}"
     out.print(
         Text(f"round {view.round}, {view.name}: {view.rows:,} rows in {files}, {size(view.bytes)}")
@@ -311,7 +325,8 @@ def inspect(
     """
     rounds = read_views(store)
     if sql is not None:
-        print_answer(Query(store, _round(rounds, what, number)), sql, rows, out)
+        query = Query(store, _round(rounds, what, number), read_removed(store).samples)
+        print_answer(query, sql, rows, out)
     elif what is None:
         chosen = rounds if number is None else {number: _round(rounds, None, number)}
         print_overview(chosen, out)

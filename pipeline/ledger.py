@@ -1,7 +1,7 @@
 """The two accounts of a round. They are recomputed from what the stages wrote, not taken from
 select, so that a row or a pair that anything drops, doubles or invents is found.
 
-    rows in  = downloaded + each reason of failure + duplicate_row + removed
+    rows in  = downloaded + each reason of failure + duplicate_row + retried + removed
     pairs in = kept + merged + rejected + duplicate + failed + quarantined + contaminated + removed
 """
 
@@ -31,7 +31,7 @@ from stages.schemas import (
     check,
 )
 
-ROW_STATES = ("downloaded", "removed", *(status for status in STATUSES if status != "success"))
+ROW_STATES = ("downloaded", "retried", *(status for status in STATUSES if status != "success"))
 
 
 class LedgerStage(DatasetStage):
@@ -54,9 +54,10 @@ def balance(inputs: Mapping[str, Sequence[Path]]) -> pa.Table:
             there are any, ``captions`` and ``index`` (TRAINING_INDEX).
 
     Checked: the rows are the source rows, each once, its state what download said (or
-    ``removed``); the pairs are the distinct texts of the downloaded rows and the captions, each
-    once, in one of `PAIR_STATES`; a merged text is carried by a sample that keeps one; the pairs
-    of the index are the kept and merged ones.
+    ``removed``, or ``retried`` where it failed and a later row tries again); the pairs are the
+    distinct texts of the downloaded rows and the captions, each once, in one of `PAIR_STATES`; a
+    merged text is carried by a sample that keeps one; the pairs of the index are the kept and
+    merged ones.
 
     Raises:
         LedgerError: an account does not balance; says which, by how much, and an id to look at.
@@ -162,6 +163,7 @@ _TRAINABLE = "FROM pairs WHERE state IN ('kept', 'merged')"
 _CONTRADICTIONS = """
 SELECT row_id, state, status FROM rows JOIN download USING (row_id)
 WHERE state <> 'removed' AND state <> if(status = 'success', 'downloaded', status)
+    AND NOT (state = 'retried' AND status NOT IN ('success', 'duplicate_row'))
 ORDER BY row_id LIMIT 1
 """
 

@@ -65,6 +65,8 @@ class RoundPlan:
     """pretrain and both fine-tunings: in one worker group."""
     measuring: tuple[DatasetTask, ...]
     """evaluate and, where the truth is known, audit."""
+    tombstones: tuple[str, ...] = ()
+    """Records of the samples that it does without."""
 
     def jobs(self, published: set[str]) -> list[ShardJob]:
         """What each shard still needs, given the names of all records."""
@@ -87,7 +89,12 @@ class RoundPlan:
                     records[stage].append(record)
         records.update({task.name: [task.record] for task in self.tasks})
         records["gate"] = [gate]
-        return {"round": self.number, "shards": dict(self.shards), "records": records}
+        return {
+            "round": self.number,
+            "shards": dict(self.shards),
+            "records": records,
+            "tombstones": list(self.tombstones),
+        }
 
 
 def plan_round(
@@ -98,6 +105,7 @@ def plan_round(
     world: str | None,
     inherited: Mapping[tuple[str, str], str],
     earlier: DatasetTask | None = None,
+    tombstones: tuple[str, ...] = (),
 ) -> RoundPlan:
     """The plan of round ``number``.
 
@@ -107,10 +115,11 @@ def plan_round(
         world: folder of the sample world, whose truth the round is held against.
         inherited: see `pipeline.dag.plan_shards`.
         earlier: the dedup of the round before, if it had one.
+        tombstones: records of samples that must not be used.
     """
     raw = not models
     tasks = shard_tasks(config, number, lambda s: (models[s].ref, models[s].weights), raw)
-    return _Planner(config, number, shards, tasks, inherited, world, earlier).plan()
+    return _Planner(config, number, shards, tasks, inherited, world, earlier, tombstones).plan()
 
 
 class _Planner:
@@ -123,10 +132,11 @@ class _Planner:
         inherited: Mapping[tuple[str, str], str],
         world: str | None,
         earlier: DatasetTask | None,
+        tombstones: tuple[str, ...],
     ) -> None:
         self._config, self._number, self._shards = config, number, shards
         self._tasks, self._inherited, self._world = tasks, inherited, world
-        self._earlier = earlier
+        self._earlier, self._tombstones = earlier, tombstones
         self._raw = len(tasks) == 1
         # Nothing is scored in a raw round, so no threshold may reach its fingerprints: a new one
         # must not train the first models again.
@@ -147,6 +157,7 @@ class _Planner:
             curation,
             training,
             self._measuring(curation, training),
+            self._tombstones,
         )
 
     def _curation(self) -> tuple[DatasetTask, ...]:
@@ -159,6 +170,8 @@ class _Planner:
             tables["scores"] = self._tables("filter")
             tables["clusters"] = _output(done[0], "*/clusters.parquet")
             tables["contaminated"] = _output(done[0], "*/contaminated.parquet")
+        if self._tombstones:
+            tables["tombstones"] = Published(self._tombstones, "*.parquet")
         select = self._task(SelectStage(self._select, names), self._select, tables)
         pairs = _output(select, "*/pairs.parquet")
         images = Published(tuple(self._records["download"]), "*.tar")

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import preflight
+from pipeline import preflight, retry, tombstones
 from pipeline.config import RunConfig, substitute
 from pipeline.dag import DatasetTask, Published, made_here
 from pipeline.engine.board import watched
@@ -39,8 +39,11 @@ from stages.scenes.world import build_world
 _VERSIONS = ("ray", "torch", "transformers", "img2dataset", "pyarrow")
 
 
-def run(config: RunConfig, screen: Screen, dry_run: bool = False) -> None:
-    """Bring the run folder to the state that ``config`` asks for.
+def run(
+    config: RunConfig, screen: Screen, dry_run: bool = False, retry_failed: bool = False
+) -> None:
+    """Bring the run folder to the state that ``config`` asks for. With ``retry_failed``, rows that
+    failed for reasons that may have passed are cut into shards for the next round to begin.
 
     Raises:
         UserError: something in the config, a source or a model cannot be used.
@@ -57,6 +60,8 @@ def run(config: RunConfig, screen: Screen, dry_run: bool = False) -> None:
             loop.preview()
             return
         loop.describe()
+        if retry_failed:
+            loop.retry(last_begun=begun)
         with connected(config.engine, _log_file(store)) as board:
             loop.go(board)
 
@@ -97,6 +102,14 @@ class _Loop:
             "created": (self._store.read_json("run.json") or {}).get("created", time.time()),
         }
         self._store.write_json("run.json", document)
+
+    def retry(self, last_begun: bool) -> None:
+        """Cut what failed into supplementary shards."""
+        rows = retry.retry_failed(self._config, self._store)
+        when = "; give a larger rounds.count: the rounds asked for have all begun"
+        self._screen.note(
+            f"{rows} failed rows are tried again in the next round{when if last_begun else ''}"
+        )
 
     def preview(self) -> None:
         """Say what a run would do, and do nothing."""
@@ -146,8 +159,18 @@ class _Loop:
             shards = ingest(self._config, self._store)
         else:
             shards = {name: (kind, record) for name, (kind, record) in begun["shards"].items()}
-        plan = plan_round(self._config, number, shards, models, self._world, inherited, deduped)
-        self._store.write_json(path, plan.document(gate_record(self._config, plan, models)))
+        published = self._store.record_names()
+
+        def planned(forgotten: tuple[str, ...]) -> tuple[RoundPlan, str]:
+            config, world = self._config, self._world
+            plan = plan_round(config, number, shards, models, world, inherited, deduped, forgotten)
+            return plan, gate_record(config, plan, models)
+
+        # A round that is finished stays; any other does without what was forgotten meanwhile.
+        plan, gate = planned(tuple((begun or {}).get("tombstones", ())))
+        if gate not in published:
+            plan, gate = planned(tombstones.names(published))
+        self._store.write_json(path, plan.document(gate))
         return plan
 
     def _round(self, plan: RoundPlan) -> None:

@@ -38,7 +38,9 @@ def ingest(config: RunConfig, store: Store) -> Shards:
             seen.read(store.local_copy(payload.path) for payload in earlier)
             for file in files:
                 records.append(_cut(config, store, file, shards_of(records), seen))
-    return {shard: found for record in records for shard, found in _shards(store, record, names)}
+    return {
+        shard: found for record in records for shard, found in link_shards(store, record, names)
+    }
 
 
 def new_files(config: RunConfig, records: Sequence[Record]) -> list[SourceFile]:
@@ -114,7 +116,9 @@ def publish_cut(
     return record if store.publish(record) else store.read_record(record.name)
 
 
-def _shards(store: Store, record: Record, published: set[str]) -> list[tuple[str, tuple[str, str]]]:
+def link_shards(
+    store: Store, record: Record, published: set[str]
+) -> list[tuple[str, tuple[str, str]]]:
     """The shards of one ingested file; those without a record of their own get it now."""
     found = []
     for payload in record.payloads:

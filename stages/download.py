@@ -45,6 +45,7 @@ STATUSES = (
     "aspect",  # too long and narrow
     "failed",  # the worker or something unforeseen
     "quarantined",  # the row crashed its worker
+    "removed",  # a tombstone forbids its use
 )
 
 

@@ -175,6 +175,13 @@ HOSTS = _schema(
     ("detail", _TEXT, "of one of them, what went wrong in words"),
 )
 
+TOMBSTONES = _schema(
+    ("sample_id", _TEXT, "sample that must not be used again; null for a hash not seen yet"),
+    ("sha256", _TEXT, "sha256 of image bytes that must not be used, whatever their URL; or null"),
+    ("kind", _TEXT, "url, id or hash: what was asked for"),
+    ("asked", _TEXT, "the URL, id or hash as it was given"),
+)
+
 LEDGER = _schema(
     ("account", _TEXT, "rows or pairs"),
     ("source", _TEXT, "web, synthetic or human"),

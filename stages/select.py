@@ -37,6 +37,19 @@ from stages.schemas import (
 )
 
 
+class TextRules(Config):
+    """Web texts that are rejected whatever their score. All off by default."""
+
+    min_words: int = Field(0, ge=0)
+    max_words: int | None = Field(None, ge=1)
+    min_letters: float = Field(0.0, ge=0, le=1)
+    """Letters among the characters that are not spaces."""
+    max_repetition: float = Field(1.0, ge=0, le=1)
+    """Words that the text has said before."""
+    boilerplate: bool = True
+    """Whether file names and placeholders pass."""
+
+
 class SelectConfig(Config):
     """Which pairs are good enough to train on."""
 
@@ -50,6 +63,7 @@ class SelectConfig(Config):
     text_cap: int | None = Field(None, ge=1)
     """At most so many images keep the same text of one source, web or synthetic, case, digits and
     punctuation aside: those that it matches best. None: any number."""
+    texts: TextRules = TextRules()
 
 
 class SelectStage(DatasetStage):
@@ -89,6 +103,7 @@ class SelectStage(DatasetStage):
                 "keep": self.config.keep,
                 "scored": bool(inputs.get("scores")),
             }
+            connection.execute(_PLAIN, self.config.texts.model_dump())
             connection.execute(_ALONE, rules)
             connection.execute(_CAPPED, {"cap": self.config.text_cap})
             texts = connection.sql(_TEXTS).to_arrow_table()
@@ -143,7 +158,13 @@ def normal_form(text: str) -> str:
 
 
 _READS: Mapping[str, tuple[pa.Schema, tuple[str, ...]]] = {
-    "sources": (SOURCES, ("row_id", "sample_id")),
+    "sources": (
+        SOURCES,
+        (
+            *("row_id", "sample_id", "source", "text", "retry_of", "text_words"),
+            *("text_letters", "text_repetition", "text_boilerplate"),
+        ),
+    ),
     "download": (
         DOWNLOAD,
         (
@@ -162,6 +183,7 @@ _ROWS = """
 SELECT s.row_id, s.sample_id, s.shard,
     CASE WHEN s.sample_id IN (SELECT sample_id FROM tombstones) THEN 'removed'
          WHEN d.status = 'success' THEN 'downloaded'
+         WHEN s.row_id IN (SELECT retry_of FROM sources WHERE retry_of IS NOT NULL) THEN 'retried'
          ELSE d.status END AS state
 FROM sources s LEFT JOIN download d USING (row_id)
 ORDER BY s.position
@@ -180,6 +202,21 @@ WITH texts AS (
 SELECT sample_id, source, text, caption_index,
     arg_min(status, position) AS status, arg_min(detail, position) AS detail
 FROM texts GROUP BY sample_id, source, text, caption_index
+"""
+
+# Figures of texts: a function of the text, so that any of its rows will do.
+_PLAIN = """
+CREATE TEMP TABLE plain AS
+SELECT sample_id, text, any_value(reason) AS reason FROM (
+    SELECT sample_id, text, CASE
+        WHEN text_words < $min_words THEN 'fewer words than select.texts.min_words'
+        WHEN text_words > $max_words THEN 'more words than select.texts.max_words'
+        WHEN text_letters < $min_letters::FLOAT THEN 'fewer letters than select.texts.min_letters'
+        WHEN text_repetition > $max_repetition::FLOAT
+            THEN 'more repetition than select.texts.max_repetition'
+        WHEN text_boilerplate AND NOT $boilerplate THEN 'boilerplate' END AS reason
+    FROM sources WHERE source = 'web'
+) WHERE reason IS NOT NULL GROUP BY sample_id, text
 """
 
 _ALONE = """
@@ -208,6 +245,7 @@ WITH images AS (
             WHEN p.cleaned = '' THEN ['failed', 'empty text']
             WHEN source = 'human' THEN ['good']
             WHEN $keep NOT IN (source, 'both') THEN ['rejected', 'select.keep is ' || $keep]
+            WHEN t.reason IS NOT NULL THEN ['rejected', t.reason]
             WHEN NOT $scored THEN ['good']
             WHEN s.pair_id IS NULL THEN ['failed', 'not scored']
             WHEN s.status <> 'success' THEN [s.status, s.detail]
@@ -221,6 +259,7 @@ WITH images AS (
     LEFT JOIN scored s USING (pair_id)
     LEFT JOIN clusters c USING (sample_id)
     LEFT JOIN leaks l USING (sample_id)
+    LEFT JOIN plain t ON p.source = 'web' AND p.sample_id = t.sample_id AND p.text = t.text
 )
 SELECT * EXCLUDE verdict, verdict[1] AS state, verdict[2] AS detail FROM verdicts
 """

@@ -26,8 +26,10 @@ from pipeline.engine import shard as shards
 from pipeline.engine.isolate import run_alone
 from pipeline.engine.placement import Share, fit, resources
 from pipeline.store import Store
+from pipeline.tombstones import read_removed
 from stages import errors
 from stages.base import ShardStage
+from stages.removed import Removed
 
 _ROW = pa.schema([("shard", pa.string()), ("carried", pa.map_(pa.string(), pa.large_binary()))])
 _MAX_PASSES_WITHOUT_PROGRESS = 2
@@ -42,6 +44,8 @@ class Pass:
     active: tuple[str, ...]
     """The stages that have an operator, in order."""
     board: Any
+    removed: Removed
+    """What must not be used."""
 
 
 class StageWorker:
@@ -80,7 +84,7 @@ class StageWorker:
                 self._stage = shards.build(self._task, plan.store)
                 self._stage.setup()
             shards.settle(self._stage, self._task, job, plan.store)
-            output = shards.run_stage(self._stage, inputs)
+            output = shards.run_stage(self._stage, inputs, plan.removed)
             facts = self._stage.facts()
             output = shards.publish(self._task, job, output, plan.store, started, facts)
         except Exception as error:  # noqa: BLE001 - the shard boundary
@@ -169,7 +173,13 @@ def _one_pass(
     """Run one dataset over the shards. Returns what Ray says if it gave up, else None."""
     needed = {stage for job in jobs for stage in job.todo}
     active = [task for task in tasks if task.name in needed]
-    plan = Pass(store, {job.shard: job for job in jobs}, tuple(t.name for t in active), board)
+    plan = Pass(
+        store,
+        {job.shard: job for job in jobs},
+        tuple(t.name for t in active),
+        board,
+        read_removed(store),
+    )
     rows = [_pack(job.shard, {}) for job in jobs]
     dataset = ray.data.from_arrow(rows)
     for task, share in zip(active, fit(active, resources()), strict=True):

@@ -13,6 +13,7 @@ from pipeline.engine import shard as shards
 from pipeline.engine.dataset import translate
 from pipeline.engine.placement import resources
 from pipeline.store import Store
+from pipeline.tombstones import read_removed
 from stages.errors import UserError
 from stages.schemas import check
 
@@ -33,7 +34,8 @@ def _rows_alone(task: ShardTask, store: Store, job: ShardJob, start: int, stop: 
     stage.setup()
     shards.settle(stage, task, job, store)
     rows = stage_input(task.name, inputs).slice(start, stop - start)
-    return check(stage.process(rows), stage.output_schema, f"{task.name} output")
+    output = read_removed(store).process(stage, rows)
+    return check(output, stage.output_schema, f"{task.name} output")
 
 
 def run_alone(store: Store, task: ShardTask, job: ShardJob) -> None:

@@ -16,9 +16,12 @@ from pipeline.images import with_images, write_tar
 from pipeline.store import Payload, Record, Store
 from stages.base import ShardStage
 from stages.errors import StoreError
+from stages.removed import Removed
 from stages.schemas import check
 
 Tables = Mapping[str, pa.Table]
+
+_NOTHING = Removed()
 
 
 def code_version() -> str:
@@ -75,10 +78,11 @@ def payload(record: Record, ending: str) -> Payload:
     raise StoreError(f"{record.name}: names no payload that ends in {ending}")
 
 
-def run_stage(stage: ShardStage, inputs: Tables) -> pa.Table:
-    """Process one shard's inputs, both ends held against the stage's schemas."""
+def run_stage(stage: ShardStage, inputs: Tables, removed: Removed = _NOTHING) -> pa.Table:
+    """Process one shard's inputs, both ends held against the stage's schemas; rows of samples that
+    are ``removed`` never reach the stage."""
     table = check(stage_input(stage.name, inputs), stage.input_schema, f"{stage.name} input")
-    return check(stage.process(table), stage.output_schema, f"{stage.name} output")
+    return check(removed.process(stage, table), stage.output_schema, f"{stage.name} output")
 
 
 def settle(stage: ShardStage, task: ShardTask, job: ShardJob, store: Store) -> None:

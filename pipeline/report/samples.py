@@ -18,6 +18,7 @@ from PIL import Image
 from pipeline.inspect import Query
 from pipeline.report.collect import RoundFacts
 from pipeline.store import Payload, Store
+from pipeline.tombstones import read_removed
 
 PER_GROUP = 12
 CLUSTERS = 6
@@ -160,7 +161,8 @@ def _group(
         shards=", ".join(map(_literal, shards)) or "NULL",
         limit=_CANDIDATES,
     )
-    rows = Query(store, {"pairs": facts.views["pairs"]}).run(query, _CANDIDATES)[1]
+    hidden = read_removed(store).samples
+    rows = Query(store, {"pairs": facts.views["pairs"]}, hidden).run(query, _CANDIDATES)[1]
     one_each = {row[1]: Sample(*row) for row in reversed(rows)}
     return stratified(list(one_each.values()), PER_GROUP)
 
@@ -192,7 +194,8 @@ def stratified(samples: Sequence[Sample], count: int) -> tuple[Sample, ...]:
 def _clusters(store: Store, facts: RoundFacts) -> tuple[Cluster, ...]:
     """Clusters of two images or more; those with a survivor first, every net among them."""
     views = {name: facts.views[name] for name in ("pairs", "clusters")}
-    rows = Query(store, views).run(_CLUSTERS.format(text=_TEXT), 200 * 4 * MEMBERS)[1]
+    hidden = read_removed(store).samples
+    rows = Query(store, views, hidden).run(_CLUSTERS.format(text=_TEXT), 200 * 4 * MEMBERS)[1]
     found: dict[str, dict[str, list[Sample]]] = {}
     ties: dict[str, tuple[str | None, float | None]] = {}
     sizes: dict[str, int] = {}

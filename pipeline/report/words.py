@@ -97,6 +97,8 @@ STATES: Mapping[str, str] = {
     "failed": "could not be worked on",
     "quarantined": "crashed its worker, set aside",
     "removed": "must not be used again",
+    "retried": "failed; a later row tries again",
+    "hash_mismatch": "other bytes than the source says",
     # pairs
     "kept": "trained with",
     "merged": "trained with, on the surviving image",

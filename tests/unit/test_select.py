@@ -24,7 +24,8 @@ from stages.schemas import (
     SOURCES,
     TEXTS,
 )
-from stages.select import SelectConfig, SelectStage, normal_form
+from stages.select import SelectConfig, SelectStage, TextRules, normal_form
+from stages.texts import score_text
 from tests.tables import filled, write_shards
 
 Row = dict[str, Any]
@@ -40,6 +41,7 @@ class Round:
     scores: list[Row] = field(default_factory=list)
     clusters: dict[str, str] = field(default_factory=dict)
     tombstones: list[str] = field(default_factory=list)
+    retries: dict[str, str] = field(default_factory=dict)
     contaminated: dict[str, str] = field(default_factory=dict)
     scored: bool = True
 
@@ -62,13 +64,24 @@ class Round:
             self.scores.append(names | values)
         return pair
 
+    def _source(self, row: Row) -> Row:
+        known = {name: row[name] for name in ("row_id", "sample_id", "source", "text")}
+        return {
+            **known,
+            **score_text(row["text"] or "")._asdict(),
+            "retry_of": self.retries.get(row["row_id"]),
+        }
+
     def select(self, config: SelectConfig | None = None) -> tuple[list[Row], dict[str, Row]]:
         downloads = [filled(DOWNLOAD, rows) for rows in self.shards]
         inputs = {
             "sources": write_shards(
                 self.folder,
                 "sources",
-                [table.select(["row_id", "sample_id"]) for table in downloads],
+                [
+                    filled(SOURCES, [self._source(row) for row in table.to_pylist()])
+                    for table in downloads
+                ],
             ),
             "download": write_shards(self.folder, "download", downloads),
         }
@@ -377,3 +390,38 @@ def test_copies_of_one_picture_share_a_turn(round_: Round) -> None:
 )  # fmt: skip
 def test_texts_that_differ_in_case_digits_or_punctuation_are_alike(text: str, normal: str) -> None:
     assert normal_form(text) == normal
+
+
+@pytest.mark.parametrize(
+    ("rules", "rejected"),
+    [
+        ({}, set()),
+        ({"min_words": 2}, {"dog"}),
+        ({"max_words": 3}, {"a dog a dog a dog"}),
+        ({"min_letters": 0.5}, {"12 34"}),
+        ({"max_repetition": 0.5}, {"a dog a dog a dog"}),
+        ({"boilerplate": False}, {"IMG_1.jpg"}),
+    ],
+)
+def test_texts_are_rejected_by_rule_whatever_their_score(
+    round_: Round, rules: dict[str, Any], rejected: set[str]
+) -> None:
+    texts = ("dog", "a dog a dog a dog", "12 34", "IMG_1.jpg")
+    for number, text in enumerate(texts):
+        round_.web(f"s{number}", text, 0.9)
+        round_.synthetic(f"s{number}", text.upper() + " x", 0.9)
+    _, pairs = round_.select(SelectConfig(texts=TextRules(**rules)))
+    web = {pair["text"]: pair for pair in pairs.values() if pair["source"] == "web"}
+    assert {text for text, pair in web.items() if pair["state"] == "rejected"} == rejected
+    assert all(web[text]["detail"] for text in rejected)
+    assert {p["state"] for p in pairs.values() if p["source"] == "synthetic"} == {"kept"}
+
+
+def test_a_row_that_a_later_one_tries_again_is_retried(round_: Round) -> None:
+    round_.web("a", "a dog", status="timeout")
+    round_.web("a", "a dog", 0.9)
+    round_.web("b", "a cat", status="timeout")
+    round_.retries = {"row001": "row000"}
+    rows, pairs = round_.select()
+    assert [row["state"] for row in rows] == ["retried", "downloaded", "timeout"]
+    assert sorted(states(pairs).values()) == ["kept"]

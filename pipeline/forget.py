@@ -1,0 +1,174 @@
+"""``capfilt forget``: tombstones for samples that must not be used again.
+
+A tombstone counts at once. Download does not ask for the image any more, no model sees it, the
+report and `inspect` do not show it, and every round that is not finished selects anew without it:
+texts that a survivor carried for it leave, and the cluster of a removed survivor chooses again.
+Finished rounds stay as they are; the command says which of their models have seen the samples.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.engine.shard import code_version
+from pipeline.runfolder import Round, read_rounds, tables
+from pipeline.store import Record, Store, fingerprint
+from pipeline.tombstones import STAGE, read_removed
+from stages import ids
+from stages.errors import UserError
+from stages.schemas import TOMBSTONES
+
+Kind = Literal["url", "id", "hash"]
+
+_FORMS: Mapping[Kind, tuple[str, str]] = {
+    "url": (r"\S+", "a URL"),
+    "id": (r"[0-9a-f]{32}", "a sample_id, 32 hex digits"),
+    "hash": (r"[0-9a-f]{64}", "the sha256 of an image as downloaded, 64 hex digits"),
+}
+_MODELS = {"pretrain": "med", "finetune_captioner": "captioner", "finetune_filter": "filter"}
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What a call to `forget` came to."""
+
+    asked: int
+    """Lines of the file, each once."""
+    samples: int
+    """Samples of this run among them."""
+    new: bool
+    """False where all of it was forgotten before."""
+    seen_by: tuple[str, ...]
+    """Folders of models, and training sets, that the samples had a part in."""
+
+
+def read_list(path: Path, kind: Kind) -> list[str]:
+    """The lines of a file, each once, blank ones and those that begin with # left out.
+
+    Raises:
+        UserError: it cannot be read, holds nothing, or a line is not of the form.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"forget: {path}: cannot be read: {error}") from error
+    pattern, form = _FORMS[kind]
+    found: dict[str, None] = {}
+    for number, line in enumerate(lines, start=1):
+        if not line or line.startswith("#"):
+            continue
+        value = line if kind == "url" else line.lower()
+        if not re.fullmatch(pattern, value):
+            raise UserError(f"forget: {path}, line {number}: {line[:80]!r} is not {form}")
+        found[value] = None
+    if not found:
+        raise UserError(f"forget: {path}: holds nothing; expected {form} a line")
+    return list(found)
+
+
+def forget(store: Store, kind: Kind, values: Sequence[str]) -> Forgotten:
+    """Publish tombstones; what is unknown to the run is remembered for sources to come.
+
+    Raises:
+        StoreError: the run folder cannot be read or written.
+    """
+    started = time.time()
+    rounds = read_rounds(store)
+    published = store.record_names()
+    downloads = store.read_records(n for n in published if "/stage=download/" in n)
+    table = _resolve(store, kind, values, downloads)
+    samples = set(filter(None, table["sample_id"].to_pylist()))
+    before = read_removed(store)
+    hashes = set(filter(None, table["sha256"].to_pylist()))
+    new = not (samples <= before.samples and hashes <= before.hashes)
+    if new:
+        _publish(store, table, started)
+    known = _known(store, samples, published)
+    seen_by = tuple(_seen_by(store, rounds, published, samples))
+    return Forgotten(len(values), len(known), new, seen_by)
+
+
+def _resolve(
+    store: Store, kind: Kind, values: Sequence[str], downloads: Iterable[Record]
+) -> pa.Table:
+    """TOMBSTONES of what was asked for."""
+    rows: dict[tuple[str | None, str | None], str] = {}
+    if kind == "url":
+        rows = {(ids.sample_id(url), None): url for url in values}
+    elif kind == "id":
+        rows = {(sample, None): sample for sample in values}
+    else:
+        rows = {(None, sha256): sha256 for sha256 in values}
+        rows |= {(ids.sample_id(ids.media_url(sha256)), sha256): sha256 for sha256 in values}
+        wanted = pa.array(values, pa.string())
+        for record in downloads:
+            for one in tables(record):
+                table = store.read_table(one.payload, ["sample_id", "sha256"])
+                for row in table.filter(pc.is_in(table["sha256"], wanted)).to_pylist():
+                    rows[row["sample_id"], row["sha256"]] = row["sha256"]
+    found = [
+        {"sample_id": sample, "sha256": sha256, "kind": kind, "asked": asked}
+        for (sample, sha256), asked in rows.items()
+    ]
+    return pa.Table.from_pylist(found, schema=TOMBSTONES)
+
+
+def _publish(store: Store, table: pa.Table, started: float) -> None:
+    payload = store.put_table("tombstones", table)
+    store.publish(
+        Record(
+            stage=STAGE,
+            stage_version=1,
+            round=None,
+            shard="all",
+            fingerprint=fingerprint(STAGE, 1, None, payload.sha256),
+            payloads=(payload,),
+            counts={"tombstones": table.num_rows},
+            code_version=code_version(),
+            started=started,
+            finished=time.time(),
+        )
+    )
+
+
+def _known(store: Store, samples: set[str], published: set[str]) -> set[str]:
+    """Those of the samples that a source of the run has."""
+    known: set[str] = set()
+    wanted = pa.array(sorted(samples), pa.string())
+    for record in store.read_records(n for n in published if "/stage=sources/" in n):
+        for one in tables(record):
+            column = store.read_table(one.payload, ["sample_id"])["sample_id"]
+            known.update(column.filter(pc.is_in(column, wanted)).to_pylist())
+    return known
+
+
+def _seen_by(
+    store: Store, rounds: Iterable[Round], published: set[str], samples: set[str]
+) -> Iterable[str]:
+    """Models that were trained on one of the samples, and the training sets that hold them."""
+    for round_ in rounds:
+        records = store.read_records(set(round_.records.get("assemble", ())) & published)
+        sources: set[str] = set()
+        for record in records:
+            for one in tables(record):
+                index = store.read_table(one.payload, ["sample_id", "origin", "source"])
+                rows = index.to_pylist()
+                sources |= {r["source"] for r in rows if {r["sample_id"], r["origin"]} & samples}
+            if sources:
+                yield record.payloads[0].path.rpartition("/")[0] + "/"
+        for stage, model in _MODELS.items():
+            # The captioner and the filter are tuned on human pairs, but start from MED.
+            for name in set(round_.records.get(stage, ())) & published if sources else ():
+                for payload in store.read_record(name).payloads:
+                    folder, found, _ = payload.path.partition(f"/{model}/")
+                    if found:
+                        yield f"{folder}/{model}/"
+                        break
