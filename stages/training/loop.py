@@ -71,8 +71,8 @@ class TrainingConfig(Config):
     """Length of alpha's ramp from 0."""
     clip_grad_norm: float | None = Field(None, gt=0)
     """Largest gradient norm; None, as the original, does not clip."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16: autocast. The original trains in fp32."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: autocast. The original trains in float32."""
     augmentation: Augmentation = "blip"
     """blip: random crop, flip, RandAugment. none: for texts that a flip would make wrong."""
     min_scale: float = Field(0.2, gt=0, le=1)
@@ -254,7 +254,7 @@ class _Training:
 
     def _backward(self, step: int, batch: Batch, last: bool) -> Tensor:
         """Add to the gradients; returns total, ITC, ITM and LM."""
-        half = self.config.precision == "bf16"
+        half = self.config.precision == "bfloat16"
         with self.parallel.batch(last):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 losses: MedLosses = self.parallel.model(

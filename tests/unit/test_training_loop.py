@@ -112,14 +112,14 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path)
     assert all(p.isfinite().all() for p in med.parameters())
 
 
-def test_clipping_and_bf16_run(tmp_path: Path) -> None:
-    pairs, med, config = set_up(tmp_path, precision="bf16", clip_grad_norm=0.1)
+def test_clipping_and_bfloat16_run(tmp_path: Path) -> None:
+    pairs, med, config = set_up(tmp_path, precision="bfloat16", clip_grad_norm=0.1)
     log = train("pretrain", ("lm",), PretrainLosses(med), pairs, config, LocalContext())
     assert log["loss"].to_pylist()[-1] < log["loss"].to_pylist()[0]
     assert med.vision_proj.weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_computing_layers_again_changes_no_bit(tmp_path: Path, precision: str) -> None:
     found = []
     for again in (False, True):
