@@ -192,7 +192,7 @@ class FilterLosses(Losses):
 
 
 class _Finetune(DatasetStage):
-    version = 1
+    version = 2
     trained: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     """Modules of MED that the losses reach; the others take no part."""
@@ -244,7 +244,7 @@ class CaptionerFinetune(_Finetune):
     """MED becomes a captioner (BLIP, section 5.2).
 
     Inputs: ``med``, a folder; ``train``, the human tars. Writes ``captioner/``, which
-    `BlipForConditionalGeneration` opens, `write_log`'s files.
+    `BlipForConditionalGeneration` opens, and `write_log`'s files.
 
     Raises:
         CheckpointError: the folder holds no MED.
@@ -274,7 +274,7 @@ class FilterFinetune(_Finetune):
     """MED becomes a filter, by ITC and ITM (BLIP, sections 4.2 and 5.1).
 
     Inputs: ``med``, a folder; ``train``, the human tars. Writes ``filter/``, which
-    `BlipForImageTextRetrieval` opens, `write_log`'s files.
+    `BlipForImageTextRetrieval` opens, and `write_log`'s files.
 
     Raises:
         CheckpointError: the folder holds no MED.

@@ -91,7 +91,7 @@ class PretrainStage(DatasetStage):
     """
 
     name = "pretrain"
-    version = 1
+    version = 2
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config
