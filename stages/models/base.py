@@ -21,6 +21,11 @@ R = TypeVar("R")
 _GAIN = 1.05  # a batch twice as large must be so much faster an image, or growing stops
 _SHARE = 0.8  # of the memory that was free: real texts may be longer than the trial's
 _MOST = 1024
+_NO_MEMORY = (  # of what does not go through torch's allocator for GPUs
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # pinned memory and graphs
+)
 
 
 class InferenceModel:
@@ -114,7 +119,4 @@ def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     message = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator: can't allocate memory" in message
-        or "CUBLAS_STATUS_ALLOC_FAILED" in message
-    )
+    return isinstance(error, RuntimeError) and any(told in message for told in _NO_MEMORY)

@@ -1,10 +1,10 @@
 """Images and texts as unit vectors of one space: CLIP's, or that of BLIP's contrastive head.
 
-from PIL import Image
-from stages.models.embedder import Embedder
+    from PIL import Image
+    from stages.models.embedder import Embedder
 
-embedder = Embedder("openai/clip-vit-base-patch32")
-print(embedder.embed_images([Image.open("cat.jpg")]) @ embedder.embed_texts(["a cat"]).T)
+    embedder = Embedder("openai/clip-vit-base-patch32")
+    print(embedder.embed_images([Image.open("cat.jpg")]) @ embedder.embed_texts(["a cat"]).T)
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     assert runs.batch_size == 4
     assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
     assert out_of_memory(MemoryError())
+    assert out_of_memory(RuntimeError("CUDA error: out of memory\nCompile with"))
     assert not out_of_memory(RuntimeError("shapes"))
 
 
