@@ -127,3 +127,19 @@ def test_a_round_takes_over_the_clusters_of_the_one_before() -> None:
     second = plan_round(config(), 2, SHARDS, MODELS, None, {}, first.task("dedup"))
     earlier = second.task("dedup").inputs["earlier"]
     assert isinstance(earlier, Published) and earlier.records == (first.task("dedup").record,)
+
+
+def test_tombstones_change_what_is_selected_and_nothing_before(tmp_path: Path) -> None:
+    tombstones = ("records/run/stage=forget/all-cc.json",)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "vocab.txt").write_text("a")
+    made = config(pretrain={"tokenizer": str(tmp_path / "tokenizer")})
+    models = {name: Model(f"some/{name}", name) for name in ("caption", "filter", "embed")}
+    whole = plan_round(made, 1, SHARDS, models, None, {})
+    without = plan_round(made, 1, SHARDS, models, None, {}, tombstones=tombstones)
+    assert whole.jobs(set()) == without.jobs(set())
+    assert whole.task("dedup").fingerprint == without.task("dedup").fingerprint
+    for later in ("select", "assemble", "ledger", "pretrain", "finetune_filter", "evaluate"):
+        assert whole.task(later).fingerprint != without.task(later).fingerprint
+    assert without.task("select").inputs["tombstones"] == Published(tombstones, "*.parquet")
+    assert without.document("gate")["tombstones"] == list(tombstones)
