@@ -209,9 +209,9 @@ class Loader:
         if order is None:
             random = np.random.Generator(np.random.Philox(key=(self._seed, epoch)))
             order = self._entries[random.permutation(len(self._entries))]
-            # Threads may still read the epoch before.
-            self._orders = {k: v for k, v in self._orders.items() if k == epoch - 1}
-            self._orders[epoch] = order
+            # Other threads may still read the epoch before, so no dict is changed in place.
+            before = {k: v for k, v in self._orders.items() if k == epoch - 1}
+            self._orders = before | {epoch: order}
         return int(order[place])
 
     def batches(self, start: int, stop: int, threads: int) -> Iterator[Batch]:

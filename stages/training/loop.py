@@ -171,12 +171,11 @@ class _Training:
         self.device = default_device()
         self.losses = losses.to(self.device).train()
         self.med = losses.med
-        shape = self.med.config.vision.image_size
-        images = Images(pairs.shards, shape, config.augmentation, config.cache_mb << 20)
-        self.images = images
+        size = self.med.config.vision.image_size
+        self.images = Images(pairs.shards, size, config.augmentation, config.cache_mb << 20)
         self.loader = Loader(
             pairs,
-            images,
+            self.images,
             batch_size=config.batch_size // config.accumulate,
             seed=config.seed,
             rank=ctx.rank,
