@@ -5,6 +5,8 @@
 
     embedder = Embedder("openai/clip-vit-base-patch32")
     print(embedder.embed_images([Image.open("cat.jpg")]) @ embedder.embed_texts(["a cat"]).T)
+
+Vectors have length 1, so that their products are cosines.
 """
 
 from __future__ import annotations
