@@ -33,6 +33,7 @@ format: install
 
 bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.quickstart
+	$(BIN)/python -m tests.bench.dedup
 	$(BIN)/python -m tests.bench.pretrain
 	$(BIN)/python -m tests.bench.capfilt
 

@@ -14,7 +14,7 @@ class SearchConfig(Config):
     exhaustive_below: int = Field(20_000, ge=0)
     cells: int | None = Field(None, ge=1)
     """How many cells. None: twice the square root of the number of images."""
-    reach: float = Field(0.45, gt=0, le=1)
+    reach: float = Field(0.55, gt=0, le=1)
     """How near to a border an image is compared across it, as a share of the distance at which
     no close pair can be missed. 1 finds every pair and costs as much as looking at all of them."""
     max_reach: float = Field(1.0, gt=0, le=1)
