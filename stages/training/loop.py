@@ -46,7 +46,7 @@ class TrainingConfig(Config):
     accumulate: int = Field(1, ge=1)
     """Batches that a step's pairs are cut into, to save memory. ITC and ITM compare pairs within
     one batch and with the queue, which is filled after each; momentum copies move once a step. A
-    loss is the mean of its batches' means, so that LM counts a token more in a batch with fewer."""
+    loss is the mean of its batches' means: in LM a token weighs more where its batch has fewer."""
     global_negatives: bool = True
     """ITC's candidates and ITM's negatives come from all workers' pairs, and losses are means over
     all of them, as if one worker held the batch. False: each worker's own, as the original's

@@ -12,7 +12,13 @@ import torch.distributed
 import torch.multiprocessing
 
 from stages.base import LocalContext, last_folder
-from stages.finetune import FilterFinetune, FilterLosses, train_only
+from stages.finetune import (
+    CaptionerFinetune,
+    CaptionerLosses,
+    FilterFinetune,
+    FilterLosses,
+    train_only,
+)
 from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
 from stages.pretrain import PretrainLosses
@@ -44,6 +50,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "ddp, one line": {"log_every": 4},
     "ddp, near misses": {"near_misses": 2},
+    "ddp, captions": {"captions": True},
+    "fsdp2, captions, clipped": {"captions": True, "clip_grad_norm": 0.5, "parallel": "fsdp2"},
     "ddp, own negatives": {"global_negatives": False},
     "fsdp2, own negatives": {"global_negatives": False, "parallel": "fsdp2"},
 }
@@ -78,7 +86,7 @@ def trained(
     tokenizer = load_tokenizer(folder / "tokenizer")
     pairs = Pairs([folder / "web.tar"], tokenizer, max_tokens=12, max_words=30)
     options = {**COMMON, **case}
-    near_misses = options.pop("near_misses", 0)
+    near_misses, captions_only = options.pop("near_misses", 0), options.pop("captions", False)
     torch.manual_seed(0)
     config = toy_med(vision=toy_med().vision.model_copy(update={"layers": 2}))
     med = Med(config.model_copy(update={"text": fitted_to(config.text, tokenizer)})).double()
@@ -88,6 +96,9 @@ def trained(
         captions = [ids.astype(np.int64) for ids in pairs.tokens]
         swaps = WordSwaps(captions, pairs.image_of.tolist(), frozenset(range(5)))
         losses = FilterLosses(med, swaps, near_misses, seed=0, rank=rank)
+    if captions_only:
+        train_only(med, CaptionerFinetune.parts)
+        losses = CaptionerLosses(med, prompt_length=2)
     ctx = WorkerContext(rank, size, checkpoints)
     log = train("pretrain", ("itc", "itm", "lm"), losses, pairs, TrainingConfig(**options), ctx)
     assert all(type(parameter) is torch.nn.Parameter for parameter in med.parameters())
