@@ -12,7 +12,7 @@ from stages.base import LocalContext
 from stages.models.med import Med
 from stages.pretrain import PretrainLosses
 from stages.training.loop import TrainingConfig, train
-from stages.training.optimizer import Optimizers, hidden_matrices
+from stages.training.optimizer import Muon, Optimizers, hidden_matrices, orthogonal
 from stages.training.parallel import Alone
 from tests.toy_pairs import DyingContext, Killed
 from tests.unit.test_training_loop import set_up
@@ -21,6 +21,32 @@ from tests.unit.test_training_loop import set_up
 def names_of(med: Med, parameters: list[torch.Tensor]) -> set[str]:
     wanted = {id(p) for p in parameters}
     return {name for name, p in med.named_parameters() if id(p) in wanted}
+
+
+def test_muon_is_torchs_to_its_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((24, 24), (24, 24), (48, 24), (24, 48), (48, 24))
+    start = [torch.randn(shape, generator=generator) for shape in shapes]
+    ours, theirs = ([torch.nn.Parameter(m.clone()) for m in start] for _ in range(2))
+    optimizers = (Muon(ours, 0.02, 0.1), torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1))
+    for _ in range(4):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn(one.shape, generator=generator)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for before, one, other in zip(start, ours, theirs, strict=True):
+        moved = (one - before).norm()
+        assert moved > 0.02
+        assert (one - other).norm() < 0.02 * moved
+
+
+def test_orthogonal_makes_singular_values_one() -> None:
+    matrices = torch.randn(3, 40, 16, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(matrices))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+    assert torch.equal(orthogonal(torch.zeros(1, 4, 8)), torch.zeros(1, 4, 8))
 
 
 def test_hidden_matrices_are_the_layers_and_projections(tmp_path: Path) -> None:
