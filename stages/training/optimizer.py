@@ -31,7 +31,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(matrices), defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Move every matrix that has a gradient."""
         for group in self.param_groups:
             of_shape: dict[torch.Size, list[Tensor]] = {}
