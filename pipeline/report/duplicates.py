@@ -34,9 +34,9 @@ def _told(found: Mapping[tuple[str, str], float]) -> list[tuple[str, str]]:
     way = f"{cells:,.0f} cells, {found.get(('semantic', 'probes'), 0):.1f} of them an image"
     told = [
         ("Exact copies", count("exact", "copies")),
-        ("Ties by perceptual hash", count("perceptual", "pairs")),
-        ("Ties by embedding", count("semantic", "pairs")),
-        ("Embeddings compared", f"{way}" if cells else "each with every other"),
+        ("New ties by perceptual hash", count("perceptual", "pairs")),
+        ("New ties by embedding", count("semantic", "pairs")),
+        ("New embeddings compared", f"{way}" if cells else "each with every other"),
     ]
     if cells:
         sample = f"{count('semantic', 'sampled_pairs')} pairs of {count('semantic', 'sampled')}"
