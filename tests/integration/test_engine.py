@@ -129,13 +129,12 @@ def make_shards(store: Store, samples: list[list[str]]) -> dict[str, tuple[str, 
         shard = f"{number:06d}"
         table = pa.table(
             {
+                **{name: [None] * len(names) for name in SOURCES.names},
                 "row_id": names,
                 "sample_id": names,
                 "source": ["web"] * len(names),
                 "url": [f"http://x/{name}" for name in names],
-                "media": [None] * len(names),
                 "text": ["a text"] * len(names),
-                "repeat_of": [None] * len(names),
             },
             schema=SOURCES,
         )

@@ -25,6 +25,7 @@ from PIL import Image
 
 from stages.models.matcher import Matcher
 from stages.scenes.world import write_tokenizer
+from stages.texts import clean_text
 from tests import tiny_models
 from tests.servers import WebServer
 
@@ -37,6 +38,7 @@ pytestmark = [
 
 ROOT = Path(__file__).parents[2]
 WEB, HUMAN, DEV, TEST = 40, 12, 8, 8
+UNCLOSED = '"><img src=x onerror=alert(1) a photo of a cat'  # cleaning takes closed tags only
 SCRIPT = "<script>alert('capfilt')</script> a photo of a dog"
 HOSTILE = "pngsuite__xdtn0g01.png"  # a PNG without pixels
 ODD_TEXTS = {
@@ -44,6 +46,7 @@ ODD_TEXTS = {
     "emoji": "a red car 🚗🚙 on the road 👩‍👩‍👧",
     "rtl": "צילום של חתול \u202eعلى العشب\u202c",
     "script": SCRIPT,
+    "unclosed": UNCLOSED,
     "long": " ".join(f"word{n}" for n in range(10_000)),
 }
 
@@ -260,14 +263,14 @@ def test_duplicates_are_found_and_others_left_alone(done: Done) -> None:
 
 
 def test_hostile_texts_survive_as_data(done: Done) -> None:
-    texts = {
+    sources = done.rows("sources/**/*.parquet")
+    assert set(ODD_TEXTS.values()) <= {row["original_text"] for row in sources}
+    states = {
         row["text"]: row["state"] for row in done.rows("round=01/stage=select/**/*pairs.parquet")
     }
-    assert set(ODD_TEXTS.values()) <= set(texts)
-    assert {texts[text] for name, text in ODD_TEXTS.items() if name != "empty"} <= {
-        "kept",
-        "rejected",
-    }
+    cleaned = {clean_text(text) for text in ODD_TEXTS.values()} - {""}
+    assert UNCLOSED in cleaned and "a photo of a dog" in cleaned
+    assert {states[text] for text in cleaned} <= {"kept", "rejected"}
 
 
 def test_released_models_are_measured_before_the_first_round(done: Done) -> None:
@@ -310,5 +313,5 @@ def test_the_report_escapes_what_the_web_wrote(done: Done, tmp_path: Path) -> No
     written = capfilt("report", str(done.run), "--output", str(target))
     assert written.returncode == 0, written.stderr
     html = target.read_text("utf-8")
-    assert "<script>alert" not in html
-    assert "&lt;script&gt;alert(" in html
+    assert "<img src=x" not in html
+    assert "&gt;&lt;img src=x onerror=alert(1)" in html
