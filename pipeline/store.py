@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, Field
 
 from stages.base import Config, fingerprinted
-from stages.errors import StoreError
+from stages.errors import LeaseLostError, StoreError
 
 _CHUNK = 1 << 20
 
@@ -44,6 +44,8 @@ class Payload(Config):
     sha256: str
     rows: int | None = None
     """Rows of a Parquet file; None for anything else."""
+    first_sha256: str | None = None
+    """Of the file as first published, where `pipeline.scrub` has taken samples out of it since."""
 
 
 class Record(Config):
@@ -62,8 +64,10 @@ class Record(Config):
     details: dict[str, str] = Field(default_factory=dict)
     """What else is known of the work: ``weights`` of a model stage (what stood for them in the
     fingerprint) and the ``batch_size`` it ran with; ``file``, ``kind`` and ``identity`` of an
-    ingested file."""
+    ingested file; ``scrubbed``, when removed samples were last taken out of its files (UTC)."""
     code_version: str
+    token: int | None = None
+    """Of the lease under which it was published; None for what needs none. See `pipeline.lease`."""
     started: float
     """Seconds since the epoch, UTC."""
     finished: float
@@ -77,6 +81,11 @@ def record_name(stage: str, round_: int | None, shard: str, fingerprint: str) ->
     """Path of a record below the run folder; says all that planning needs to know."""
     scope = "run" if round_ is None else f"round={round_:02d}"
     return f"records/{scope}/stage={stage}/{shard}-{fingerprint}.json"
+
+
+def lease_name(token: int) -> str:
+    """Path of the lease with that fencing token below the run folder."""
+    return f"leases/{token:06d}.json"
 
 
 def fingerprint(stage: str, version: int, config: BaseModel | None, *inputs: str) -> str:
@@ -103,12 +112,15 @@ def _jsonable(value: object) -> object:
 class Store:
     """A run folder at ``url``. Cheap to build and to pickle; holds no open files.
 
+    Args:
+        token: of the lease under which records are published; None checks for no lease.
+
     Raises:
         StoreError: the place cannot be reached or written.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self, url: str, token: int | None = None) -> None:
+        self.url, self.token = url, token
         try:
             # Other processes write here too, so a listing that is kept would soon be wrong.
             self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False)
@@ -118,9 +130,25 @@ class Store:
             ) from error
         self.root = str(self.root).rstrip("/")
 
-    def __reduce__(self) -> tuple[type[Store], tuple[str]]:
+    def __reduce__(self) -> tuple[type[Store], tuple[str, int | None]]:
         # A relative path would mean another folder in a worker that runs elsewhere.
-        return Store, (self.root if self.is_local else self.url,)
+        return Store, (self.root if self.is_local else self.url, self.token)
+
+    def fenced(self, token: int) -> Store:
+        """The same run folder, for a driver that holds the lease ``token``, and for its workers."""
+        return Store(self.url, token)
+
+    def fence(self) -> None:
+        """Make sure that no other driver has taken the run over.
+
+        Raises:
+            LeaseLostError: there is a later lease than ours.
+        """
+        if self.token is not None and self.exists(lease_name(self.token + 1)):
+            raise LeaseLostError(
+                f"run folder {self.url!r}: another driver has taken it over "
+                f"({lease_name(self.token + 1)}); this one stops"
+            )
 
     @property
     def is_local(self) -> bool:
@@ -331,9 +359,24 @@ class Store:
     # ---- records -----------------------------------------------------------------------------
 
     def publish(self, record: Record) -> bool:
-        """Create the record. False if another attempt published the same work first."""
-        data = record.model_dump_json(indent=1).encode()
-        return self.create(record.name, data)
+        """Create the record, with our token. False if another attempt published the same work
+        first.
+
+        Raises:
+            LeaseLostError: another driver has taken the run over.
+        """
+        self.fence()
+        record = record.model_copy(update={"token": self.token})
+        return self.create(record.name, record.model_dump_json(indent=1).encode())
+
+    def replace(self, record: Record) -> None:
+        """Put a record in the place of the published one of that name, for `pipeline.scrub` alone.
+
+        Raises:
+            LeaseLostError: another driver has taken the run over.
+        """
+        self.fence()
+        self.write_bytes(record.name, record.model_dump_json(indent=1).encode())
 
     def record_names(self) -> set[str]:
         """Paths of all records: one listing, nothing opened."""
@@ -369,6 +412,8 @@ class Store:
             raise StoreError(f"run folder {self.url!r}: {relative} is not JSON") from error
 
     def write_json(self, relative: str, value: object) -> None:
+        """Replace a JSON document. Raises LeaseLostError as `publish` does."""
+        self.fence()
         self.write_bytes(relative, json.dumps(value, indent=1, sort_keys=True).encode())
 
 

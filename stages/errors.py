@@ -5,10 +5,12 @@
     │   ├── ConfigError      a configuration field
     │   ├── SourceError      a source file, table or column
     │   ├── CheckpointError  a model folder
-    │   └── StoreError       the run folder cannot be reached, read or written
+    │   ├── StoreError       the run folder cannot be reached, read or written
+    │   └── LeaseHeldError   another driver is at work in the run folder
     ├── RunError         the run cannot go on or its books are wrong: exit 1
     │   ├── LedgerError      an account does not balance
-    │   └── TrainingError    a loss is NaN or diverges
+    │   ├── TrainingError    a loss is NaN or diverges
+    │   └── LeaseLostError   another driver has taken the run over
     └── ShardError       one shard failed: retried, then run alone, then quarantined
 
 A bad row is data, not an exception: it carries its status in the stage's output.
@@ -39,6 +41,10 @@ class StoreError(UserError):
     """The run folder cannot be reached, read or written."""
 
 
+class LeaseHeldError(UserError):
+    """Another driver holds the lease of the run folder."""
+
+
 class RunError(CapfiltError):
     """The run cannot go on. Ends the program with exit code 1."""
 
@@ -49,6 +55,10 @@ class LedgerError(RunError):
 
 class TrainingError(RunError):
     """Training cannot go on: the loss is not finite or diverges."""
+
+
+class LeaseLostError(RunError):
+    """Another driver has taken the run over; nothing more may be published."""
 
 
 class ShardError(CapfiltError):
