@@ -126,6 +126,7 @@ class ModelStage(ShardStage, Generic[C, M]):
         if self.config.batch_size == "auto":
             self._find_batch_size()
         self._started_with = self.model.batch_size
+        self._tokens_before = self.model.tokens
 
     def _find_batch_size(self) -> None:
         import torch
@@ -141,13 +142,17 @@ class ModelStage(ShardStage, Generic[C, M]):
         self.model.batch_size = choices["batch_size"]
 
     def facts(self) -> dict[str, str]:
-        """``batch_size`` of the last table: "32", or "32, 16" where memory ran out on the way."""
+        """Of the last table: ``batch_size``, "32", or "32, 16" where memory ran out on the way; and
+        ``tokens`` of the texts that it wrote or read, if any."""
         sizes = dict.fromkeys((self._started_with, self.model.batch_size))
-        return {"batch_size": ", ".join(map(str, sizes))}
+        tokens = self.model.tokens - self._tokens_before
+        told = {"tokens": str(tokens)} if tokens else {}
+        return {"batch_size": ", ".join(map(str, sizes))} | told
 
     def batches(self, table: pa.Table, broken: dict[int, str]) -> Iterator[Batch]:
         """`batches` of ``table`` for the model, on its device before it asks for them."""
         self._started_with = size = self.model.batch_size
+        self._tokens_before = self.model.tokens
         decoded = batches(
             table, size, self.model.preprocessing, broken, threads=self.config.decode_threads
         )

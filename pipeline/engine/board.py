@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 
+from pipeline.engine.metrics import Meters, Work
 from pipeline.progress import Notices
 
 
@@ -22,6 +23,7 @@ class Board:
 
     def __init__(self) -> None:
         self._notices = Notices()
+        self._meters = Meters()
 
     def begin(self, stage: str, shard: str) -> None:
         self._notices.running[stage, shard] = time.time()
@@ -33,6 +35,9 @@ class Board:
         known = self._notices.counts.setdefault(stage, {})
         for status, count in counts.items():
             known[status] = known.get(status, 0) + count
+
+    def measured(self, work: Work) -> None:
+        self._meters.emit(work)
 
     def error(self, stage: str, shard: str, kind: str, message: str) -> None:
         self._notices.running.pop((stage, shard), None)

@@ -22,6 +22,7 @@ import ray.data
 from ray.exceptions import RayError
 
 from pipeline.dag import SHARD_READS, ShardJob, ShardTask
+from pipeline.engine import metrics
 from pipeline.engine import shard as shards
 from pipeline.engine.isolate import run_alone
 from pipeline.engine.placement import Share, fit, resources
@@ -91,7 +92,11 @@ class StageWorker:
             told = type(error).__name__, _one_line(error)
             ray.get(plan.board.error.remote(name, job.shard, *told))
             return None
-        plan.board.end.remote(name, job.shard, shards.count_by(output, "status"))
+        counts, seconds = shards.count_by(output, "status"), time.time() - started
+        plan.board.end.remote(name, job.shard, counts)
+        plan.board.measured.remote(
+            metrics.Work(plan.store.root, name, seconds, counts, facts, metrics.gpu_bytes())
+        )
         return output
 
 
@@ -147,6 +152,8 @@ def run_shards(
         alone = [job for job in left if (job.todo[0], job.shard) in suspects]
         for job in alone:
             run_alone(store, next(t for t in tasks if t.name == job.todo[0]), job)
+            record = store.read_record(job.records[job.todo[0]])
+            board.measured.remote(metrics.of_record(store, record))
         progressed = alone or sum(len(job.todo) for job in left) < before
         stuck = 0 if progressed else stuck + 1
         if stuck >= _MAX_PASSES_WITHOUT_PROGRESS:

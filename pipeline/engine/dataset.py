@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dag import DatasetTask, Published
+from pipeline.engine import metrics
 from pipeline.engine.shard import code_version, open_model
 from pipeline.store import Record, Store
 from stages.errors import CapfiltError, RunError
@@ -137,6 +138,7 @@ def run_dataset(store: Store, task: DatasetTask, board: Any) -> Record:
         record: Record = ray.get(_work.remote(task, store, board))
     except RayError as error:
         raise translate(error, task.name) from error
+    board.measured.remote(metrics.of_record(store, record))
     return record
 
 

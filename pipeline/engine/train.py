@@ -15,6 +15,7 @@ from ray.train.torch import TorchTrainer
 
 from pipeline.config import EngineConfig
 from pipeline.dag import DatasetTask
+from pipeline.engine import metrics
 from pipeline.engine.dataset import (
     Checkpoints,
     StageContext,
@@ -101,7 +102,9 @@ def _worker(config: dict[str, Any]) -> None:
                     ray.get(config["board"].error.remote(task.name, _WHOLE, *told))
                 raise
             if ctx.rank == 0:
-                publish_folder(task, store, Path(output), started)
+                record = publish_folder(task, store, Path(output), started)
+                work = metrics.of_record(store, record, metrics.gpu_bytes())
+                config["board"].measured.remote(work)
                 Checkpoints(store, f"{task.name}-{task.fingerprint}").remove()
         _wait_for_all()
 

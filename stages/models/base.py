@@ -37,6 +37,8 @@ class InferenceModel:
     """
 
     preprocessing: Preprocessing
+    tokens = 0
+    """Text tokens written or read so far, prompts and padding left out."""
 
     def __init__(
         self, device: str | torch.device, dtype: torch.dtype, batch_size: int, int8: bool

@@ -220,6 +220,7 @@ class Captioner(InferenceModel):
         end = self.decoder.config.sep_token_id
         caption = ids[prompt_length:]
         caption = caption[: caption.index(end)] if end in caption else caption
+        self.tokens += len(caption)
         return (
             str(self.tokenizer.decode(caption, skip_special_tokens=True)).removeprefix("##").strip()
         )

@@ -145,6 +145,7 @@ class Matcher(InferenceModel):
         """Token ids and contrastive features of ``texts``, cleaned; at least one."""
         cleaned = [clean_caption(text) for text in texts]
         ids, mask = encode_texts(self.tokenizer, cleaned, self.max_tokens)
+        self.tokens += int(mask.sum())
         ids, mask = ids.to(self.device), mask.to(self.device)
         features: list[Tensor] = []
         step = 4 * self.batch_size

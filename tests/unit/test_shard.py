@@ -72,7 +72,9 @@ def test_the_record_says_which_sizes_were_used(folder: Path, tmp_path: Path) -> 
     output = stage.process(table)
     assert output.num_rows == 9 and set(output["status"].to_pylist()) == {"success"}
     shards.publish(task, JOB, output, store, 0.0, stage.facts())
-    assert store.read_record(JOB.records["caption"]).details == {"batch_size": "4, 2"}
+    details = store.read_record(JOB.records["caption"]).details
+    assert details == {"batch_size": "4, 2", "tokens": details["tokens"]}
+    assert int(details["tokens"]) >= len(output)
     stage.process(table)
-    assert stage.facts() == {"batch_size": "2"}
+    assert stage.facts() == {"batch_size": "2", "tokens": details["tokens"]}
     assert opened(folder, batch_size=2)[1].process(table).equals(output)
