@@ -32,7 +32,8 @@ CONFIG is a YAML file; key=value overrides one of its fields, e.g. select.thresh
 
 _FORGET = """\
 Take samples out of a run. No stage uses them from now on, rounds under way select anew without
-them, and later rounds keep to it. What finished rounds have written stays; their models are named.
+them, and later rounds keep to it. Models that have seen them are named. What finished rounds have
+written stays, unless --scrub takes the samples out of every image file, table and training shard.
 """
 
 
@@ -150,6 +151,7 @@ def _forget_options(parser: argparse.ArgumentParser) -> None:
         ("hashes", "sha256 of images as downloaded"),
     ):
         given.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
+    parser.add_argument("--scrub", action="store_true", help="also write files anew that hold them")
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
@@ -256,6 +258,11 @@ def _do_forget(options: argparse.Namespace) -> int:
     )
     for place in found.seen_by:
         print(f"had seen them: {place}")
+    if options.scrub:
+        from pipeline.scrub import scrub
+
+        scrubbed = scrub(store, print)
+        print(f"{scrubbed.rewritten} files written anew, {scrubbed.deleted} deleted")
     return 0
 
 

@@ -3,11 +3,13 @@
 A tombstone counts at once. Download does not ask for the image any more, no model sees it, the
 report and `inspect` do not show it, and every round that is not finished selects anew without it:
 texts that a survivor carried for it leave, and the cluster of a removed survivor chooses again.
-Finished rounds stay as they are; the command says which of their models have seen the samples.
+The command says which models have seen the samples. Files of finished rounds stay as they are,
+unless `pipeline.scrub` takes the samples out of them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,9 +23,10 @@ import pyarrow.compute as pc
 from pipeline.engine.shard import code_version
 from pipeline.runfolder import Round, read_rounds, tables
 from pipeline.store import Record, Store, fingerprint
-from pipeline.tombstones import STAGE, read_removed
+from pipeline.tombstones import STAGE, names, read_removed
 from stages import ids
 from stages.errors import UserError
+from stages.removed import among
 from stages.schemas import TOMBSTONES
 
 Kind = Literal["url", "id", "hash"]
@@ -89,11 +92,12 @@ def forget(store: Store, kind: Kind, values: Sequence[str]) -> Forgotten:
     before = read_removed(store)
     hashes = set(filter(None, table["sha256"].to_pylist()))
     new = not (samples <= before.samples and hashes <= before.hashes)
+    seen_by = _noted(store, published, samples)
+    seen_by |= dict.fromkeys(_seen_by(store, rounds, published, samples))
     if new:
-        _publish(store, table, started)
+        _publish(store, table, seen_by, started)
     known = _known(store, samples, published)
-    seen_by = tuple(_seen_by(store, rounds, published, samples))
-    return Forgotten(len(values), len(known), new, seen_by)
+    return Forgotten(len(values), len(known), new, tuple(seen_by))
 
 
 def _resolve(
@@ -121,7 +125,7 @@ def _resolve(
     return pa.Table.from_pylist(found, schema=TOMBSTONES)
 
 
-def _publish(store: Store, table: pa.Table, started: float) -> None:
+def _publish(store: Store, table: pa.Table, seen_by: Iterable[str], started: float) -> None:
     payload = store.put_table("tombstones", table)
     store.publish(
         Record(
@@ -132,11 +136,25 @@ def _publish(store: Store, table: pa.Table, started: float) -> None:
             fingerprint=fingerprint(STAGE, 1, None, payload.sha256),
             payloads=(payload,),
             counts={"tombstones": table.num_rows},
+            # A scrub takes the samples out of the index that tells it.
+            details={"seen_by": json.dumps(list(seen_by))},
             code_version=code_version(),
             started=started,
             finished=time.time(),
         )
     )
+
+
+def _noted(store: Store, published: set[str], samples: set[str]) -> dict[str, None]:
+    """Who had seen them, as earlier tombstones of theirs say."""
+    seen_by: dict[str, None] = {}
+    wanted = frozenset(samples)
+    for record in store.read_records(names(published)):
+        for payload in record.payloads:
+            column = store.read_table(payload, ["sample_id"])["sample_id"]
+            if pc.any(among(column, wanted)).as_py():
+                seen_by |= dict.fromkeys(json.loads(record.details.get("seen_by", "[]")))
+    return seen_by
 
 
 def _known(store: Store, samples: set[str], published: set[str]) -> set[str]:

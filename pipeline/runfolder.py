@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -162,6 +163,28 @@ def tables(record: Record) -> list[Published]:
         elif file in _FILES:
             found.append(Published(*_FILES[file], record.stage, payload))
     return found
+
+
+_BOOKS = {
+    "sources": "sources",
+    "download": "download",
+    "caption": "captions",
+    "rows": "rows",
+    "pairs": "pairs",
+    "index": "index",
+}
+"""Table → what `pipeline.ledger.balance` calls it."""
+
+
+def read_books(store: Store, records: Iterable[Record]) -> dict[str, list[Path]]:
+    """What the accounts of a round are made of, as local files, from the round's records."""
+    books: dict[str, list[Path]] = {}
+    for record in records:
+        for one in tables(record):
+            if one.table in _BOOKS:
+                path = store.local_copy(one.payload.path)
+                books.setdefault(_BOOKS[one.table], []).append(path)
+    return books
 
 
 def table_names() -> list[str]:

@@ -127,7 +127,7 @@ def link_shards(
             update={
                 "stage": "sources",
                 "shard": shard,
-                "fingerprint": payload.sha256[:16],
+                "fingerprint": (payload.first_sha256 or payload.sha256)[:16],
                 "payloads": (payload,),
                 "counts": {"rows": payload.rows or 0},
             }

@@ -11,7 +11,7 @@ import os
 import tarfile
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.ledger import balance
-from pipeline.runfolder import STAGES, Published, Round, read_rounds, tables
+from pipeline.runfolder import STAGES, Published, Round, read_books, read_rounds, tables
 from pipeline.store import Payload, Record, Store
 from stages.errors import CapfiltError, LedgerError, StoreError
 from stages.schemas import LEDGER
@@ -332,33 +332,22 @@ def _check_plan(round_: Round, records: Mapping[str, Record]) -> list[str]:
     ]
 
 
-_BOOKS = {
-    "sources": "sources",
-    "download": "download",
-    "caption": "captions",
-    "rows": "rows",
-    "pairs": "pairs",
-    "index": "index",
-}
-"""Table → what `balance` calls it."""
-
-
 def _check_ledger(
     store: Store, round_: Round, records: Mapping[str, Record], found: Verification
 ) -> None:
     """Compute the accounts of a round again, once select is published."""
     if not any(name in records for name in round_.records.get("select", ())):
         return
-    books: dict[str, list[Path]] = {}
-    written = []
+    names = [name for stage in STAGES for name in round_.records.get(stage, ())]
+    published = [records[name] for name in names if name in records]
     try:
-        for table in _tables(round_, records):
-            if table.table in _BOOKS:
-                path = store.local_copy(table.payload.path)
-                books.setdefault(_BOOKS[table.table], []).append(path)
-            elif table.table == "ledger":
-                written.append(store.read_table(table.payload))
-        accounts = balance(books)
+        written = [
+            store.read_table(table.payload)
+            for record in published
+            for table in tables(record)
+            if table.table == "ledger"
+        ]
+        accounts = balance(read_books(store, published))
     except LedgerError as error:
         found.problems.append(f"round {round_.number}: {error}")
         return
@@ -370,11 +359,6 @@ def _check_ledger(
         found.problems.append(f"round {round_.number}: ledger.parquet is not what the tables say")
         return
     found.balanced.append(round_.number)
-
-
-def _tables(round_: Round, records: Mapping[str, Record]) -> Sequence[Published]:
-    names = [name for stage in STAGES for name in round_.records.get(stage, ())]
-    return [table for name in names if name in records for table in tables(records[name])]
 
 
 def _entries(ledger: pa.Table) -> list[tuple[object, ...]]:
