@@ -42,6 +42,13 @@ class RoundsConfig(Config):
     """Promoted models recaption and rescore every image, or only those of new sources."""
 
 
+class ScheduleConfig(Config):
+    """When a firing of ``capfilt schedule`` goes round."""
+
+    min_new_rows: int = operational(1, ge=1)
+    """Rows of sources that no round has taken yet; with fewer, they wait for the next firing."""
+
+
 class FinetuneConfigs(Config):
     """The two models that are fine-tuned, separately, from one MED."""
 
@@ -81,6 +88,7 @@ class RunConfig(Config):
     test: str | None = None
     """Probe folder that is only reported."""
     rounds: RoundsConfig = RoundsConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     ingest: IngestConfig = IngestConfig()
     download: DownloadConfig = DownloadConfig()
     caption: CaptionConfig = CaptionConfig()
