@@ -43,6 +43,17 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `{self.prog} --help`")
 
 
+class _Version(argparse.Action):
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        from pipeline.version import code_version
+
+        print(code_version())
+        parser.exit()
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program with ``arguments`` (None: those of the process). Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
@@ -91,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
     )
     parser = _Parser(prog="capfilt", description=_DESCRIPTION, parents=[common])
+    parser.add_argument("--version", action=_Version, help="of the code, as records have it")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(

@@ -20,10 +20,10 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.engine.shard import code_version
 from pipeline.runfolder import Round, read_rounds, tables
 from pipeline.store import Record, Store, fingerprint
 from pipeline.tombstones import STAGE, names, read_removed
+from pipeline.version import code_version
 from stages import ids
 from stages.errors import UserError
 from stages.removed import among

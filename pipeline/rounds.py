@@ -25,12 +25,13 @@ from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
 from pipeline.engine.dataset import run_dataset
 from pipeline.engine.placement import check_training, resources
-from pipeline.engine.shard import code_version, payload
+from pipeline.engine.shard import payload
 from pipeline.engine.train import run_training
 from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round, print_of, probes
 from pipeline.progress import Screen
 from pipeline.sources import ingest, new_files
 from pipeline.store import Record, Store, fingerprint, record_name
+from pipeline.version import code_version
 from stages.evaluate import EvaluateStage
 from stages.gate import Decision, decide
 from stages.scenes.server import WorldServer

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.engine.shard import code_version
 from pipeline.store import Payload, Record, Store, fingerprint
+from pipeline.version import code_version
 from stages.base import LocalContext
 from stages.errors import SourceError
 from stages.ingest import IngestStage, check_distinct, list_files

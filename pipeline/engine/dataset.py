@@ -15,8 +15,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dag import DatasetTask, Published
 from pipeline.engine import metrics
-from pipeline.engine.shard import code_version, open_model
+from pipeline.engine.shard import open_model
 from pipeline.store import Record, Store
+from pipeline.version import code_version
 from stages.errors import CapfiltError, RunError
 
 T = TypeVar("T")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from types import MappingProxyType
 
 import pyarrow as pa
@@ -14,6 +13,7 @@ import pyarrow.compute as pc
 from pipeline.dag import MADE_HERE, SHARD_READS, SHARD_STAGES, ShardJob, ShardTask, stage_input
 from pipeline.images import with_images, write_tar
 from pipeline.store import Payload, Record, Store
+from pipeline.version import code_version
 from stages.base import ShardStage
 from stages.errors import StoreError
 from stages.removed import Removed
@@ -22,14 +22,6 @@ from stages.schemas import check
 Tables = Mapping[str, pa.Table]
 
 _NOTHING = Removed()
-
-
-def code_version() -> str:
-    """Version of the installed distribution, for records."""
-    try:
-        return version("capfilt")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def build(task: ShardTask, store: Store) -> ShardStage:
@@ -54,6 +46,7 @@ def load_inputs(stage: str, job: ShardJob, store: Store, carried: Tables) -> dic
     return {
         name: carried[name] if name in carried else load(job.records[name], store)
         for name in SHARD_READS[stage]
+        if name in job.records
     }
 
 
