@@ -76,11 +76,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(line: str, code: int, debug: bool) -> int:
-    from pipeline.terminal import clean
+    from pipeline.terminal import clean, json_line, json_wanted
 
     if debug:
         traceback.print_exc()
-    print(f"capfilt: {clean(line)}", file=sys.stderr)
+    told = json_line(line, "error") if json_wanted() else f"capfilt: {clean(line)}"
+    print(told, file=sys.stderr)
     return code
 
 
@@ -131,12 +132,16 @@ def _parser() -> argparse.ArgumentParser:
         ("verify", _do_verify, "check the ledger, every record and every file of a run"),
         ("inspect", _do_inspect, "look into what a stage wrote"),
         ("report", _do_report, "write the report of a run as one HTML page"),
+        ("trace", _do_trace, "write the life of every shard as a Chrome trace, for Perfetto"),
     ):
         command(name, handler, text).add_argument(
             "run", metavar="RUN", help="run folder: a path or an s3:// or gs:// URL"
         )
     _inspect_options(commands.choices["inspect"])
     commands.choices["report"].add_argument("--output", type=Path, metavar="FILE")
+    commands.choices["trace"].add_argument(
+        "--output", type=Path, metavar="FILE", default="trace.json", help="default: %(default)s"
+    )
     _forget_options(command("forget", _do_forget, "take samples out of a run", _FORGET))
     importing = command("import-checkpoint", _do_import, "turn a released BLIP .pth into folders")
     _import_options(importing)
@@ -184,12 +189,13 @@ def _do_run(options: argparse.Namespace) -> int:
     from pipeline import rounds
     from pipeline.progress import Screen
 
-    with Screen() as screen:
+    with Screen(run=config.run) as screen:
         rounds.run(config, screen, options.dry_run, options.retry_failed)
-    if not options.dry_run:
+    from pipeline.terminal import console, json_wanted
+
+    if not options.dry_run and not json_wanted():
         from pipeline.status import print_figures, read_status
         from pipeline.store import Store
-        from pipeline.terminal import console
 
         print_figures(read_status(Store(config.run)), console(sys.stdout))
     return 0
@@ -250,6 +256,15 @@ def _do_report(options: argparse.Namespace) -> int:
     from pipeline.report.render import write_report
 
     print(write_report(store, options.output))
+    return 0
+
+
+def _do_trace(options: argparse.Namespace) -> int:
+    store = _open(options)
+
+    from pipeline.trace import write_trace
+
+    print(write_trace(store, options.output))
     return 0
 
 

@@ -1,4 +1,5 @@
-"""What a run tells the person who waits: live in a terminal, plain lines elsewhere."""
+"""What a run tells the person who waits: live in a terminal, plain lines elsewhere, or JSON lines
+for a program that reads along (``CAPFILT_LOG_FORMAT=json``)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.terminal import breakdown, clean, console, duration
+from pipeline.terminal import (
+    breakdown,
+    check_log_format,
+    clean,
+    console,
+    duration,
+    json_line,
+    json_wanted,
+)
 
 _SECONDS = 5.0
 _BAR = 16
@@ -86,19 +95,30 @@ class Screen:
         file: where to; None is the standard output.
         live: redraw lines in place; None does so in a terminal only.
         seconds: outside a terminal, how often a stage may speak.
+        run: the run folder, for JSON lines.
+
+    Raises:
+        ConfigError: CAPFILT_LOG_FORMAT is neither plain nor json.
     """
 
     def __init__(
-        self, file: TextIO | None = None, live: bool | None = None, seconds: float = _SECONDS
+        self,
+        file: TextIO | None = None,
+        live: bool | None = None,
+        seconds: float = _SECONDS,
+        run: str | None = None,
     ) -> None:
+        check_log_format()
         self._file = file or sys.stdout
+        self._json, self._run = json_wanted(), run
+        self._round: int | None = None
         self._seconds = seconds
         self._lock = threading.RLock()
         self._stages: dict[str, _Stage] = {}
         self._told: set[tuple[str, str, str]] = set()
         self._handed_over = 0.0
         """When the last whole-round stage ended."""
-        capable = self._file.isatty() and os.environ.get("TERM") != "dumb"
+        capable = self._file.isatty() and os.environ.get("TERM") != "dumb" and not self._json
         self._live = _Live(self) if (capable if live is None else live) else None
 
     def __enter__(self) -> Self:
@@ -121,6 +141,7 @@ class Screen:
         with self._lock:
             self._stages.clear()
             self._told.clear()
+            self._round = round
         self.note(f"round {round}: {title}")
 
     def begin(self, stage: str, total: int, done: int = 0) -> None:
@@ -148,7 +169,7 @@ class Screen:
             ended = self._stages.pop(stage, None) or _Stage(stage, 1, 0, now)
             took = self._took(ended, now) if seconds is None else seconds
             more = f"; {clean(line)}" if line else ""
-            self._print(f"  {clean(stage):<18}  {_summary(ended, took)}{more}")
+            self._print(f"  {clean(stage):<18}  {_summary(ended, took)}{more}", stage)
 
     def note(self, line: str) -> None:
         """One line that stays."""
@@ -175,7 +196,8 @@ class Screen:
     def _tell(self, stage: str, shard: str, problem: str) -> None:
         if (stage, shard, problem) not in self._told:
             self._told.add((stage, shard, problem))
-            self._print(f"  {clean(stage)} shard {clean(shard)}: {clean(problem, 200)}")
+            line = f"  {clean(stage)} shard {clean(shard)}: {clean(problem, 200)}"
+            self._print(line, stage, shard, "warning")
 
     def _speak(self, now: float) -> None:
         """Plain lines of the stages that moved and have been silent for long enough."""
@@ -186,7 +208,8 @@ class Screen:
                 continue
             stage.said, stage.told = now, stage.share
             done, total = stage.share
-            self._print(f"  {clean(stage.name):<18}  {done}/{total}  {_detail(stage, now)}")
+            line = f"  {clean(stage.name):<18}  {done}/{total}  {_detail(stage, now)}"
+            self._print(line, stage.name)
 
     def _took(self, ended: _Stage, now: float) -> float:
         """Seconds that the stage was at work, as far as its signs tell."""
@@ -197,8 +220,14 @@ class Screen:
         start, self._handed_over = max(ended.begun, self._handed_over), min([now, *following])
         return max(0.0, self._handed_over - start)
 
-    def _print(self, line: str) -> None:
-        """``line`` as it is; its parts must be clean already."""
+    def _print(
+        self, line: str, stage: str | None = None, shard: str | None = None, level: str = "info"
+    ) -> None:
+        """``line`` as it is; its parts must be clean already. The rest is for JSON lines."""
+        if self._json:
+            where = {"run": self._run, "round": self._round, "stage": stage, "shard": shard}
+            print(json_line(line, level, **where), file=self._file, flush=True)
+            return
         if self._live is not None:
             self._live.print(line)
             return

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.store import Payload, Record, Store
-from stages.errors import StoreError
+from stages.errors import StoreError, UserError
 from stages.schemas import (
     CAPTIONS,
     CLUSTERS,
@@ -191,3 +194,23 @@ def table_names() -> list[str]:
     """Every table that a run can hold, in the order in which they are made."""
     shard_tables = [name for name in _SHARD_TABLES if name != "ingest"]
     return [*shard_tables, *(name for name, _ in _FILES.values())]
+
+
+def write_output(output: Path, text: str, command: str) -> Path:
+    """Write what ``command`` made of a run to a local file, replaced as a whole; returns it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    scratch = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(output)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise UserError(
+            f"{command}: {output}: cannot be written: {error.strerror or error}; "
+            "give a file in a folder that is there with --output"
+        ) from error
+    return output

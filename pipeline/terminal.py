@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import os
+from datetime import UTC, datetime
 from typing import NoReturn, TextIO
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from stages.errors import ConfigError
+
 COLUMNS = 100
+_LOG_FORMAT = "CAPFILT_LOG_FORMAT"
 
 
 def clean(text: object, limit: int | None = None) -> str:
@@ -33,6 +39,26 @@ def _harmless(character: str) -> str:
     if character == "\u200d":  # joins emoji; harmless, but not every terminal knows it
         return ""
     return " " if character.isspace() else "�"
+
+
+def json_wanted() -> bool:
+    """Whether what a run tells shall be JSON, a line each, instead of words for a person."""
+    return os.environ.get(_LOG_FORMAT) == "json"
+
+
+def check_log_format() -> None:
+    """Raise `ConfigError` where CAPFILT_LOG_FORMAT holds anything unknown."""
+    given = os.environ.get(_LOG_FORMAT, "plain")
+    if given not in ("plain", "json"):
+        raise ConfigError(f"{_LOG_FORMAT}: {given!r} is not allowed: plain or json")
+
+
+def json_line(message: str, level: str, **where: str | int | None) -> str:
+    """One log line as a JSON object: time (UTC, ISO 8601), level, what of ``where`` is known, and
+    the message, cleaned."""
+    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    known = {key: value for key, value in where.items() if value is not None}
+    return json.dumps({"time": now, "level": level, **known, "message": clean(message)})
 
 
 def duration(seconds: float) -> str:

@@ -7,8 +7,6 @@ template and made harmless by `pipeline.report.safe`.
 
 from __future__ import annotations
 
-import contextlib
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +23,8 @@ from pipeline.report.hosts import read_hosts
 from pipeline.report.metrics import loss_charts, splits
 from pipeline.report.safe import plain
 from pipeline.report.samples import Samples, read_samples
+from pipeline.runfolder import write_output
 from pipeline.store import Store
-from stages.errors import UserError
 
 _CAPTION = 180
 """Characters of a text on the page."""
@@ -45,18 +43,7 @@ def write_report(store: Store, output: Path | None = None) -> Path:
     if output is None:
         output = Path(store.path("report.html")) if store.is_local else Path("report.html")
     html = render(store)
-    scratch = output.with_name(f".{output.name}.{uuid.uuid4().hex}")
-    try:
-        scratch.write_text(html, encoding="utf-8")
-        scratch.replace(output)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise UserError(
-            f"report: {output}: cannot be written: {error.strerror or error}; "
-            "give a file in a folder that is there with --output"
-        ) from error
-    return output
+    return write_output(output, html, "report")
 
 
 def render(store: Store) -> str:

@@ -70,7 +70,9 @@ def test_help_is_there_at_once() -> None:
         assert said.returncode == 0 and said.stdout.startswith(f"usage: capfilt {command}")
 
 
-@pytest.mark.parametrize("module", ["pipeline.status", "pipeline.inspect", "pipeline.cli"])
+@pytest.mark.parametrize(
+    "module", ["pipeline.status", "pipeline.inspect", "pipeline.trace", "pipeline.cli"]
+)
 def test_looking_needs_neither_ray_nor_torch(module: str) -> None:
     script = f"import sys, {module}; print({{'ray', 'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run(
@@ -106,7 +108,7 @@ def test_bad_arguments_are_one_line(arguments: tuple[str, ...], part: str, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["status", "verify", "inspect", "report"])
+@pytest.mark.parametrize("command", ["status", "verify", "inspect", "report", "trace"])
 def test_a_folder_without_a_run(command: str, tmp_path: Path) -> None:
     said = refused(capfilt(command, str(tmp_path / "none")))
     assert f"{tmp_path}/none" in said and "no run here" in said
@@ -201,6 +203,24 @@ def test_a_reader_that_has_seen_enough(run: str) -> None:
     )
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("round 1, pairs")
+
+
+def test_the_trace_of_a_run(run: str, tmp_path: Path) -> None:
+    done = capfilt("trace", run, "--output", "shards.json", cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout == "shards.json\n", done
+    assert json.loads((tmp_path / "shards.json").read_text())["traceEvents"]
+
+
+def test_errors_are_json_lines_where_the_log_is(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "status", str(tmp_path / "none")],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CAPFILT_LOG_FORMAT": "json"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    said = json.loads(done.stderr)
+    assert done.returncode == 2 and said["level"] == "error" and "no run here" in said["message"]
 
 
 def test_web_text_in_an_error_cannot_touch_the_terminal(tmp_path: Path) -> None:

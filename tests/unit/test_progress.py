@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import re
@@ -10,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
 from pipeline.progress import Notices, Screen
+from stages.errors import ConfigError
 
 STAMP = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d ")
 HOSTILE = "\x1b[2J[bold]x[/bold]\nsecond"
@@ -266,3 +269,40 @@ def test_a_failing_run_gives_the_terminal_back() -> None:
     said = in_terminal(script, 100)
     assert said.count("\x1b[?25l") == said.count("\x1b[?25h") == 1
     assert said.index("\x1b[?25h") < said.index("after")
+
+
+def test_json_lines_say_run_round_stage_and_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPFILT_LOG_FORMAT", "json")
+    out = io.StringIO()
+    screen = Screen(out, seconds=0.0, run="s3://bucket/run")
+    screen.note("before any round")
+    screen.begin_round(1, "bootstrapping")
+    screen.begin("caption", total=2)
+    screen.update(Notices(errors={("caption", "000001"): ("ShardError", HOSTILE)}))
+    screen.end("caption", seconds=1.0)
+    said = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [line.pop("message") for line in said] == [
+        "before any round",
+        "round 1: bootstrapping",
+        "caption shard 000001: ShardError: �[2J[bold]x[/bold] second",
+        "caption 2 shards; 1.0 s",
+    ]
+    assert all(datetime.fromisoformat(line.pop("time")).tzinfo == UTC for line in said)
+    run = {"level": "info", "run": "s3://bucket/run"}
+    assert said == [
+        run,
+        run | {"round": 1},
+        run | {"level": "warning", "round": 1, "stage": "caption", "shard": "000001"},
+        run | {"round": 1, "stage": "caption"},
+    ]
+
+
+def test_a_terminal_gets_json_lines_too() -> None:
+    said = in_terminal(LIVE, 100, CAPFILT_LOG_FORMAT="json")
+    assert "\x1b" not in said and all(map(json.loads, said.replace("\r", "").splitlines()))
+
+
+def test_an_unknown_log_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPFILT_LOG_FORMAT", "xml")
+    with pytest.raises(ConfigError, match="'xml' is not allowed: plain or json"):
+        Screen(io.StringIO())
