@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -89,7 +90,7 @@ def _scrub_record(store: Store, name: str, samples: Samples) -> set[str]:
         after = scrub_table(one.table, before, samples)
         if not after.equals(before):
             changed[one.table] = before, after
-            done[one.payload.path] = _put_table(store, record, one.payload, after)
+            done[one.payload.path] = _put_table(store, one.payload, after)
     if "pairs" in changed:
         done |= _shared_texts(store, record, changed["pairs"][0], samples)
     if changed:
@@ -115,7 +116,7 @@ def _shared_texts(store: Store, record: Record, pairs: pa.Table, samples: Sample
             before = store.read_table(one.payload)
             after = scrub_shared_texts(before, pairs, samples)
             if len(after) < len(before):
-                done[one.payload.path] = _put_table(store, record, one.payload, after)
+                done[one.payload.path] = _put_table(store, one.payload, after)
     return done
 
 
@@ -139,23 +140,25 @@ def _tars(
             before = store.read_bytes(payload.path)
             after = scrub_tar(before, samples)
             if after != before:
-                done[payload.path] = _put(store, record, payload, after, None)
+                done[payload.path] = _put(store, payload, after, None)
     return done
 
 
-def _put_table(store: Store, record: Record, payload: Payload, table: pa.Table) -> Payload:
+def _put_table(store: Store, payload: Payload, table: pa.Table) -> Payload:
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    return _put(store, record, payload, buffer.getvalue(), table.num_rows)
+    return _put(store, payload, buffer.getvalue(), table.num_rows)
 
 
-def _put(store: Store, record: Record, payload: Payload, data: bytes, rows: int | None) -> Payload:
+def _put(store: Store, payload: Payload, data: bytes, rows: int | None) -> Payload:
     """Write what takes a payload's place; under the name of its content, so that whoever writes it
     once more, after a kill or for another record, writes the same file."""
     digest = hashlib.sha256(data).hexdigest()
     folder, _, file = payload.path.rpartition("/")
-    path = f"{folder}/{digest[:32]}{Path(file).suffix}"
-    if record.shard == "all":  # files of a whole-round stage keep their name
+    stem, suffix = Path(file).stem, Path(file).suffix
+    if re.fullmatch("[0-9a-f]{32}", stem):
+        path = f"{folder}/{digest[:32]}{suffix}"
+    else:  # what a whole-round stage named, in the folder of its attempt
         path = f"{folder.rpartition('/')[0]}/{digest[:32]}/{file}"
     store.write_bytes(path, data)
     first = payload.first_sha256 or payload.sha256
@@ -188,7 +191,7 @@ def _balance_anew(store: Store, round_: Round) -> set[str]:
             for one in tables(record):
                 after = pq.read_table(Path(scratch) / one.payload.path.rpartition("/")[2])
                 if not after.equals(store.read_table(one.payload)):
-                    done[one.payload.path] = _put_table(store, record, one.payload, after)
+                    done[one.payload.path] = _put_table(store, one.payload, after)
         _replace(store, record, done, None)
     return set(done)
 
