@@ -28,7 +28,7 @@ def test_times(text: str, found: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0h", "h", "6", "1.5h", "-1h", "6 h", "6H", "６h"])
 def test_no_times(text: str) -> None:
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=f"^{text}$"):
         seconds(text)
 
 
