@@ -1,16 +1,19 @@
 """The stage graph: what reads what, how a stage is built, and the fingerprint of every work.
 
-    sources ─ download ┬─ caption ─ filter ─┐
-                       ├─ embed ─ dedup ────┼─ select ─ assemble ─ pretrain ┬ captioner ┬ evaluate
-                       └────────────────────┘                               └ filter ───┘
+    sources ─ download ┬─ embed ─ dedup ─────────────┐
+                       ├─ copies ─ caption ─ filter ─┼─ select ─ assemble ─ training ─ evaluate
+                       └─────────────────────────────┘
 
-Shard stages (the upper rows, up to embed) take one shard at a time; the others a whole round.
+Shard stages (download, embed, caption, filter) take one shard at a time; the others a whole round.
+Copies finds images that share one captioning; what concerns a shard is published as a record of
+that shard, ``shared``, so that its captions hang on nothing else.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,24 +25,28 @@ from stages.caption import CaptionStage
 from stages.download import DownloadStage
 from stages.embed import EmbedStage
 from stages.filter import FilterStage
-from stages.schemas import IMAGES, IMAGES_WITH_TEXTS
+from stages.schemas import IMAGES, IMAGES_WITH_TEXTS, SHARED
 
 SHARD_READS: Mapping[str, tuple[str, ...]] = {
     "download": ("sources",),
-    "caption": ("download",),
-    "filter": ("download", "caption"),
     "embed": ("download",),
+    "caption": ("download", "shared"),
+    "filter": ("download", "caption", "shared"),
 }
-"""Shard stages in the order in which a shard passes them, with what each reads."""
+"""Shard stages in the order in which a shard passes them, with what each reads. A shard whose
+images share nothing has no ``shared``."""
+
+BEFORE_COPIES = ("download", "embed")
+"""Shard stages that every shard has passed before it is known which images share captions."""
 
 OF_THE_RUN = frozenset({"sources", "download", "embed"})
 """Stages whose output belongs to the run: made once, used by every round."""
 
 SHARD_STAGES: Mapping[str, type[ShardStage]] = {
     "download": DownloadStage,
+    "embed": EmbedStage,
     "caption": CaptionStage,
     "filter": FilterStage,
-    "embed": EmbedStage,
 }
 
 
@@ -113,6 +120,11 @@ class DatasetTask:
         return record_name(self.name, self.round, "all", self.fingerprint)
 
 
+def print_of(record: str) -> str:
+    """The fingerprint in a record's name."""
+    return record.rpartition("-")[2].removesuffix(".json")
+
+
 MADE_HERE = "record:"
 
 
@@ -126,6 +138,7 @@ def plan_shards(
     shards: Mapping[str, tuple[str, str]],
     published: set[str],
     inherited: Mapping[tuple[str, str], str],
+    shared: Mapping[str, str] = MappingProxyType({}),
 ) -> list[ShardJob]:
     """What every shard needs, from names alone.
 
@@ -135,9 +148,11 @@ def plan_shards(
         published: names of all records.
         inherited: (stage, shard) → fingerprint that the round takes over from an earlier one
             as it is, whatever the weights are now (``rounds.relabel: new``).
+        shared: shard → record of what its images share with others, where they do.
     """
     return [
-        _plan_shard(tasks, shard, shards[shard], published, inherited) for shard in sorted(shards)
+        _plan_shard(tasks, shard, shards[shard], published, inherited, shared.get(shard))
+        for shard in sorted(shards)
     ]
 
 
@@ -147,17 +162,20 @@ def _plan_shard(
     source: tuple[str, str],
     published: set[str],
     inherited: Mapping[tuple[str, str], str],
+    shared: str | None,
 ) -> ShardJob:
     kind, source_record = source
-    prints = {"sources": source_record.rpartition("-")[2].removesuffix(".json")}
     records = {"sources": source_record}
+    if shared is not None:
+        records["shared"] = shared
+    prints = {name: print_of(record) for name, record in records.items()}
     todo = []
     for task in tasks:
         # Human pairs are trusted: they are fetched, never captioned, filtered or deduplicated.
         if kind == "human" and task.name != "download":
             continue
         print_ = inherited.get((task.name, shard)) or task.fingerprint(
-            prints[read] for read in SHARD_READS[task.name]
+            prints[read] for read in SHARD_READS[task.name] if read in prints
         )
         prints[task.name] = print_
         records[task.name] = record_name(task.name, task.scope, shard, print_)
@@ -171,9 +189,14 @@ def stage_input(name: str, tables: Mapping[str, pa.Table]) -> pa.Table:
     if name == "download":
         return tables["sources"]
     images = _images(tables["download"])
-    if name != "filter":
+    if name == "embed":
         return images
-    return _with_texts(images, tables["download"], tables["caption"])
+    shared = tables.get("shared", SHARED.empty_table())
+    here = shared.filter(pc.is_null(shared["text"]))
+    if name == "caption":
+        return _without(images, here)
+    images = _without(images, here.filter(pc.is_valid(here["scored_with"])))
+    return _with_texts(images, tables["download"], tables["caption"], shared)
 
 
 def _images(download: pa.Table) -> pa.Table:
@@ -182,21 +205,33 @@ def _images(download: pa.Table) -> pa.Table:
     return download.filter(mask).select(IMAGES.names).cast(IMAGES)
 
 
-def _with_texts(images: pa.Table, download: pa.Table, captions: pa.Table) -> pa.Table:
-    """Images with their distinct web texts, then their synthetic ones."""
-    texts: dict[str, dict[tuple[str, str], None]] = {}
+def _without(images: pa.Table, shared: pa.Table) -> pa.Table:
+    """The images but for those that ``shared`` names."""
+    spared = shared["sample_id"].combine_chunks()
+    return images.filter(pc.invert(pc.is_in(images["sample_id"], value_set=spared)))
+
+
+def _with_texts(
+    images: pa.Table, download: pa.Table, captions: pa.Table, shared: pa.Table
+) -> pa.Table:
+    """Images with their distinct web texts, their synthetic ones, then those of their copies."""
+    texts: dict[str, dict[tuple[str, str, str], None]] = {}
     for sample, text, status in _columns(download, "sample_id", "text", "status"):
         if status == "success":
-            texts.setdefault(sample, {})["web", text or ""] = None
+            texts.setdefault(sample, {})[sample, "web", text or ""] = None
     for sample, text, status in _columns(captions, "sample_id", "text", "status"):
         if status == "success":
-            texts.setdefault(sample, {})["synthetic", text] = None
+            texts.setdefault(sample, {})[sample, "synthetic", text] = None
+    for sample, text, image in _columns(shared, "sample_id", "text", "scored_with"):
+        if text is not None:
+            texts.setdefault(image, {})[sample, "web", text] = None
     found = [list(texts.get(sample, ())) for sample in images["sample_id"].to_pylist()]
     return pa.table(
         {
             **{name: images[name] for name in IMAGES.names},
-            "sources": [[source for source, _ in pairs] for pairs in found],
-            "texts": [[text for _, text in pairs] for pairs in found],
+            "owners": [[owner for owner, _, _ in pairs] for pairs in found],
+            "sources": [[source for _, source, _ in pairs] for pairs in found],
+            "texts": [[text for _, _, text in pairs] for pairs in found],
         },
         schema=IMAGES_WITH_TEXTS,
     )
@@ -216,9 +251,9 @@ def shard_tasks(
     tasks = [ShardTask("download", round_, config.download)]
     if not raw:
         configs: dict[str, Config] = {
+            "embed": config.embed,
             "caption": config.caption,
             "filter": config.filter,
-            "embed": config.embed,
         }
         for name, stage_config in configs.items():
             model, weights = model_of(name)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import fsspec
 
 from pipeline.config import RunConfig
 from pipeline.dag import (
+    BEFORE_COPIES,
     MADE_HERE,
     DatasetTask,
     Published,
@@ -22,6 +24,7 @@ from pipeline.dag import (
     ShardTask,
     made_here,
     plan_shards,
+    print_of,
     shard_tasks,
 )
 from pipeline.ledger import LedgerStage
@@ -50,6 +53,19 @@ class Model:
     """Record of the evaluation that measured it; None for the embedder."""
 
 
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """Which images of a round share one captioning and one scoring."""
+
+    copies: DatasetTask | None = None
+    """What finds out; None where nothing is shared."""
+    shared: Mapping[str, str] | None = None
+    """Shard → record of what concerns it, where anything does; None before it is known."""
+
+
 @dataclass(frozen=True)
 class RoundPlan:
     """The work of one round."""
@@ -67,14 +83,27 @@ class RoundPlan:
     """evaluate and, where the truth is known, audit."""
     tombstones: tuple[str, ...] = ()
     """Records of the samples that it does without."""
+    sharing: Sharing = Sharing()
 
     def jobs(self, published: set[str]) -> list[ShardJob]:
-        """What each shard still needs, given the names of all records."""
-        return plan_shards(self.shard_tasks, self.shards, published, self.inherited)
+        """What each shard still needs, given the names of all records; while it is not known which
+        images share captions, only what comes before."""
+        shared = self.sharing.shared
+        jobs = plan_shards(
+            self.shard_tasks, self.shards, published, self.inherited, shared or _NOTHING
+        )
+        if self.sharing.copies is None or shared is not None:
+            return jobs
+        return [
+            replace(job, todo=tuple(stage for stage in job.todo if stage in BEFORE_COPIES))
+            for job in jobs
+        ]
 
     @property
     def tasks(self) -> tuple[DatasetTask, ...]:
-        return (*self.curation, *self.training, *self.measuring)
+        copies = self.sharing.copies
+        known = () if copies is None else (copies,)
+        return (*known, *self.curation, *self.training, *self.measuring)
 
     def task(self, name: str) -> DatasetTask:
         return next(task for task in self.tasks if task.name == name)
@@ -85,7 +114,7 @@ class RoundPlan:
         records: dict[str, list[str]] = {task.name: [] for task in self.shard_tasks}
         for job in self.jobs(set()):
             for stage, record in job.records.items():
-                if stage != "sources":
+                if stage in records:
                     records[stage].append(record)
         records.update({task.name: [task.record] for task in self.tasks})
         records["gate"] = [gate]
@@ -106,6 +135,7 @@ def plan_round(
     inherited: Mapping[tuple[str, str], str],
     earlier: DatasetTask | None = None,
     tombstones: tuple[str, ...] = (),
+    sharing: Sharing = Sharing(),
 ) -> RoundPlan:
     """The plan of round ``number``.
 
@@ -116,10 +146,17 @@ def plan_round(
         inherited: see `pipeline.dag.plan_shards`.
         earlier: the dedup of the round before, if it had one.
         tombstones: records of samples that must not be used.
+        sharing: which images share captions, from `pipeline.copies`.
     """
-    raw = not models
-    tasks = shard_tasks(config, number, lambda s: (models[s].ref, models[s].weights), raw)
-    return _Planner(config, number, shards, tasks, inherited, world, earlier, tombstones).plan()
+    tasks = model_tasks(config, number, models)
+    return _Planner(
+        config, number, shards, tasks, inherited, world, earlier, tombstones, sharing
+    ).plan()
+
+
+def model_tasks(config: RunConfig, number: int, models: Mapping[str, Model]) -> list[ShardTask]:
+    """The shard stages of round ``number`` with these models."""
+    return shard_tasks(config, number, lambda s: (models[s].ref, models[s].weights), not models)
 
 
 class _Planner:
@@ -133,16 +170,17 @@ class _Planner:
         world: str | None,
         earlier: DatasetTask | None,
         tombstones: tuple[str, ...],
+        sharing: Sharing,
     ) -> None:
         self._config, self._number, self._shards = config, number, shards
         self._tasks, self._inherited, self._world = tasks, inherited, world
-        self._earlier, self._tombstones = earlier, tombstones
+        self._earlier, self._tombstones, self._sharing = earlier, tombstones, sharing
         self._raw = len(tasks) == 1
         # Nothing is scored in a raw round, so no threshold may reach its fingerprints: a new one
         # must not train the first models again.
         self._select = SelectConfig() if self._raw else config.select
         self._records: dict[str, list[str]] = {}
-        for job in plan_shards(tasks, shards, set(), inherited):
+        for job in plan_shards(tasks, shards, set(), inherited, sharing.shared or _NOTHING):
             for stage, record in job.records.items():
                 self._records.setdefault(stage, []).append(record)
 
@@ -158,6 +196,7 @@ class _Planner:
             training,
             self._measuring(curation, training),
             self._tombstones,
+            self._sharing,
         )
 
     def _curation(self) -> tuple[DatasetTask, ...]:
@@ -335,11 +374,6 @@ def _prints(source: Published | str) -> list[str]:
     if isinstance(source, Published):
         return [print_of(record) for record in source.records]
     return [content_of(source)]
-
-
-def print_of(record: str) -> str:
-    """The fingerprint in a record's name."""
-    return record.rpartition("-")[2].removesuffix(".json")
 
 
 def content_of(folder: str) -> str:

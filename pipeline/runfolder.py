@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -30,6 +29,7 @@ from stages.schemas import (
     PROBE_CAPTIONS,
     ROWS,
     SCORES,
+    SHARED,
     SOURCES,
     TEXTS,
     TRAINING_INDEX,
@@ -39,9 +39,10 @@ from stages.schemas import (
 STAGES = (
     "sources",
     "download",
+    "embed",
+    "copies",
     "caption",
     "filter",
-    "embed",
     "dedup",
     "select",
     "assemble",
@@ -60,13 +61,15 @@ _SHARD_TABLES: Mapping[str, pa.Schema] = {
     "sources": SOURCES,
     # Images lie in the tar beside it.
     "download": DOWNLOAD.remove(DOWNLOAD.get_field_index("image")),
+    "embed": EMBEDDINGS,
+    "shared": SHARED,
     "caption": CAPTIONS,
     "filter": SCORES,
-    "embed": EMBEDDINGS,
 }
 """Shard stage → the table that it publishes, one file a shard."""
 
 _FILES: Mapping[str, tuple[str, pa.Schema]] = {
+    "copies.parquet": ("copies", DEDUP),
     "clusters.parquet": ("clusters", CLUSTERS),
     "contaminated.parquet": ("contaminated", CONTAMINATED),
     "dedup.parquet": ("dedup", DEDUP),
@@ -163,6 +166,8 @@ def tables(record: Record) -> list[Published]:
         if record.stage in _SHARD_TABLES:
             schema = _SHARD_TABLES[record.stage]
             found.append(Published(record.stage, schema, record.stage, payload))
+        elif record.stage == "copies" and file.startswith("shard="):
+            found.append(Published("shared", SHARED, record.stage, payload))
         elif file in _FILES:
             found.append(Published(*_FILES[file], record.stage, payload))
     return found

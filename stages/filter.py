@@ -27,7 +27,8 @@ class FilterConfig(InferenceConfig):
 
 
 class FilterStage(ModelStage[FilterConfig, Matcher]):
-    """IMAGES_WITH_TEXTS → SCORES: one row a text, image by image, in order.
+    """IMAGES_WITH_TEXTS → SCORES: one row a text, image by image, in order. Equal texts are scored
+    once an image; each of their owners gets the score.
 
     Status ``failed``, without scores: the texts of an image that cannot be decoded, and a text of
     which cleaning (`clean_caption`) leaves nothing.
@@ -82,8 +83,8 @@ class FilterStage(ModelStage[FilterConfig, Matcher]):
 
 def _pairs(table: pa.Table) -> Iterator[tuple[int, Row]]:
     """Every text of every image as (row of the image, the columns that name the pair)."""
-    columns = (table[name].to_pylist() for name in ("sample_id", "sources", "texts"))
-    for row, (sample, sources, texts) in enumerate(zip(*columns, strict=True)):
-        for source, text in zip(sources, texts, strict=True):
+    columns = (table[name].to_pylist() for name in ("owners", "sources", "texts"))
+    for row, of_image in enumerate(zip(*columns, strict=True)):
+        for sample, source, text in zip(*of_image, strict=True):
             name = pair_id(sample, source, text)
             yield row, {"pair_id": name, "sample_id": sample, "source": source, "text": text}

@@ -41,6 +41,8 @@ SOURCES = _schema(
     ("text_letters", pa.float32(), "letters among its characters that are no spaces, 0 to 1"),
     ("text_repetition", pa.float32(), "words that it has said before, 0 to 1"),
     ("text_boilerplate", pa.bool_(), "whether it is a file name or placeholder and nothing else"),
+    ("text_language", _TEXT, "code of its language, as fastText's lid.176 has it; null if not asked"),
+    ("text_language_score", pa.float32(), "how sure that is, 0 to 1; null if not asked"),
     ("image_hash", _TEXT, "md5, sha1, sha256 or sha512 that the image must have, in hex; or null"),
     ("extra", _TEXT, "further columns of the source that were asked for, as a JSON object; null"),
     ("retry_of", _TEXT, "row_id of the row that this one tries again; null for a source's own"),
@@ -86,6 +88,7 @@ IMAGES_WITH_TEXTS = _schema(
     _SAMPLE_ID,
     _SHA256,
     _IMAGE,
+    ("owners", pa.list_(_TEXT), "of each text: sample_id that it belongs to, this or a copy"),
     ("sources", pa.list_(_TEXT), "of each text: web or synthetic"),
     ("texts", pa.list_(_TEXT), "the texts to score against the image"),
 )
@@ -110,6 +113,13 @@ EMBEDDINGS = _schema(
     _MODEL,
 )
 
+SHARED = _schema(
+    ("sample_id", _TEXT, "sample that another captions, and perhaps scores, as the same picture"),
+    ("text", _TEXT, "text of it to be scored in this shard; null where it lies here itself"),
+    ("captioned_as", _TEXT, "sample_id whose captions serve it"),
+    ("scored_with", _TEXT, "sample_id whose image scores its texts; null for its own"),
+)
+
 CLUSTERS = _schema(
     _SAMPLE_ID,
     ("cluster_id", _TEXT, "the smallest sample_id of the cluster; equal for all duplicates"),
@@ -132,7 +142,7 @@ CONTAMINATED = _schema(
 )
 
 DEDUP = _schema(
-    ("net", _TEXT, "exact, perceptual, semantic; clusters for what they made; contamination"),
+    ("net", _TEXT, "before_caption, or exact, perceptual, semantic, clusters, contamination"),
     ("metric", _TEXT, "copies, pairs, recall, reach, widest_cosine, …"),
     ("value", pa.float64(), "the figure; shares and recalls are 0 to 1"),
 )

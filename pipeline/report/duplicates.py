@@ -17,6 +17,13 @@ def read_duplicates(store: Store, rounds: Sequence[RoundFacts]) -> list[tuple[st
         return []
     rows = Query(store, {"dedup": facts.views["dedup"]}).run(_FACTS, 100)[1]
     told = _told({(net, metric): float(value) for net, metric, value in rows})
+    if "copies" in facts.views:
+        (row,) = Query(store, {"copies": facts.views["copies"]}).run(_COPIES, 1)[1]
+        images, captioned, scored = (float(value or 0) for value in row)
+        told[:0] = [
+            ("Images captioned for all their copies", f"{captioned:,.0f} of {images:,.0f}"),
+            ("Images scored for all their copies", f"{scored:,.0f} of {images:,.0f}"),
+        ]
     if "texts" in facts.views:
         (row,) = Query(store, {"texts": facts.views["texts"]}).run(_TEXTS, 1)[1]
         shared, capped, text, images = row
@@ -55,6 +62,11 @@ def _told(found: Mapping[tuple[str, str], float]) -> list[tuple[str, str]]:
 
 
 _FACTS = "SELECT net, metric, value FROM dedup WHERE value IS NOT NULL"
+
+_COPIES = """
+SELECT max(value) FILTER (metric = 'images'), max(value) FILTER (metric = 'captioned'),
+    max(value) FILTER (metric = 'scored') FROM copies
+"""
 
 _TEXTS = """
 SELECT count(*), coalesce(sum(capped), 0)::BIGINT, arg_max(text, images), max(images) FROM texts

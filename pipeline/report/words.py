@@ -109,9 +109,10 @@ STATES: Mapping[str, str] = {
 
 STAGES: Mapping[str, str] = {
     "download": "fetch and resize images",
+    "embed": "embed images for deduplication",
+    "copies": "find images that share captions",
     "caption": "write synthetic texts",
     "filter": "score every text",
-    "embed": "embed images for deduplication",
     "dedup": "find duplicates",
     "select": "decide on every pair",
     "assemble": "write the training set",

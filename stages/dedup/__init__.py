@@ -5,11 +5,13 @@
     semantic    close embeddings
 
 `hashes` and `search` find what each net ties, `clusters` joins it, `contamination` looks for
-pictures of evaluation sets, `stage` puts them together.
+pictures of evaluation sets, `stage` puts them together. Earlier, `copies` looks which images are
+so much alike that one captioning does for all.
 """
 
 from stages.dedup.config import DedupConfig, SearchConfig
+from stages.dedup.copies import CopiesStage
 from stages.dedup.stage import EVALUATION, DedupStage
 from stages.dedup.ties import UnionFind
 
-__all__ = ["EVALUATION", "DedupConfig", "DedupStage", "SearchConfig", "UnionFind"]
+__all__ = ["EVALUATION", "CopiesStage", "DedupConfig", "DedupStage", "SearchConfig", "UnionFind"]

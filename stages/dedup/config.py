@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from collections.abc import Sequence
+from typing import Literal
 
-from stages.base import Config
+from pydantic import Field, model_validator
+
+from stages.base import Config, operational
 
 
 class SearchConfig(Config):
@@ -25,6 +28,16 @@ class SearchConfig(Config):
     """Images that are compared with all others to measure the recall."""
 
 
+class SharingConfig(Config):
+    """Which images share one captioning and one scoring."""
+
+    perceptual_distance: int | None = None
+    """As in `DedupConfig`; None: only images of equal pixels."""
+    perceptual_cosine: float | None = None
+    cohorts: tuple[str, ...] = ()
+    """The first shard of each round that brought new ones, ascending."""
+
+
 class DedupConfig(Config):
     """When two images are the same picture.
 
@@ -32,6 +45,9 @@ class DedupConfig(Config):
     a Hamming distance of 0 to 44 (one at 90), and ``different`` pairs at 86 or more.
     """
 
+    before_caption: Literal["exact", "perceptual", "off"] = operational("exact")
+    """Which images share one captioning and one scoring, their texts carried along: those of equal
+    pixels, also those that the perceptual net ties, or none. No later net looks at it."""
     perceptual_distance: int | None = Field(32, ge=0, le=256)
     """At most so many of the 256 bits of two perceptual hashes may differ. None: net off."""
     perceptual_cosine: float | None = Field(0.9, ge=-1, le=1)
@@ -46,7 +62,28 @@ class DedupConfig(Config):
     """Evaluation sets whose pictures must not be trained on: folders and tars of images, or
     Parquet files with a column ``embedding`` made by the run's embedder. The run's own dev and
     test probes are always among them."""
+    max_contaminated: float = operational(0.5, ge=0, le=1)
+    """If a larger share of the web images, or of the human ones, shows evaluation pictures, the
+    run stops: training data was given as an evaluation set."""
     search: SearchConfig = SearchConfig()
+
+    @model_validator(mode="after")
+    def _knows_a_distance(self) -> DedupConfig:
+        if self.before_caption == "perceptual" and self.perceptual_distance is None:
+            raise ValueError(
+                "before_caption: 'perceptual' needs perceptual_distance; give one, or use exact"
+            )
+        return self
+
+    def sharing(self, cohorts: Sequence[str]) -> SharingConfig:
+        """What `before_caption` asks for; ``cohorts`` as in `SharingConfig`."""
+        if self.before_caption != "perceptual":
+            return SharingConfig(cohorts=tuple(cohorts))
+        return SharingConfig(
+            perceptual_distance=self.perceptual_distance,
+            perceptual_cosine=self.perceptual_cosine,
+            cohorts=tuple(cohorts),
+        )
 
     @property
     def guard(self) -> float | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from stages.dedup.config import DedupConfig
 from stages.dedup.hashes import indexed
 from stages.dedup.images import Images, Mask, Matrix, Rows, as_matrix, hash_bytes, usable
 from stages.dedup.ties import above
-from stages.errors import RunError, SourceError
+from stages.errors import ConfigError, RunError, SourceError
 from stages.schemas import CONTAMINATED, DOWNLOAD
 
 if TYPE_CHECKING:
@@ -181,6 +182,28 @@ def contaminated(
         ],
         schema=CONTAMINATED,
     )
+
+
+def check_share(download: Sequence[Path], collisions: pa.Table, most: float) -> None:
+    """Refuse to drop more than ``most`` of the web or of the human images as contaminated.
+
+    Raises:
+        ConfigError: training data was given as an evaluation set.
+    """
+    table = read_table(download, DOWNLOAD, ["sample_id", "source", "status"])
+    table = table.filter(pc.equal(table["status"], "success"))
+    for source in ("web", "human"):
+        images = pc.unique(table.filter(pc.equal(table["source"], source))["sample_id"])
+        hits = collisions.filter(pc.is_in(collisions["sample_id"], value_set=images))
+        if len(hits) > most * len(images):
+            sets = Counter(name.partition("/")[0] for name in hits["collides_with"].to_pylist())
+            ((worst, count),) = sets.most_common(1)
+            raise ConfigError(
+                f"dedup.evaluation: {len(hits)} of {len(images)} {source} images show evaluation "
+                f"pictures ({count} of them of {worst!r}), a larger share than "
+                f"dedup.max_contaminated ({most:g}): is that set training data? Take it out, or "
+                "raise dedup.max_contaminated (up to 1)"
+            )
 
 
 def _equal(download: Sequence[Path], evaluation: Evaluation) -> Iterator[tuple[str, str]]:

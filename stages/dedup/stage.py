@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from stages.base import Context, DatasetStage, read_table
 from stages.dedup.clusters import Parted, guarded
 from stages.dedup.config import DedupConfig
-from stages.dedup.contamination import contaminated, read_evaluation
+from stages.dedup.contamination import check_share, contaminated, read_evaluation
 from stages.dedup.hashes import close_hashes, first_of_equals
 from stages.dedup.images import Images, Mask, load_images
 from stages.dedup.search import Measured, close_pairs
@@ -48,6 +48,7 @@ class DedupStage(DatasetStage):
     Raises:
         RunError: embeddings of different lengths or models, which cannot be compared; or too
             little recall.
+        ConfigError: most images collide with evaluation sets.
     """
 
     name = "dedup"
@@ -83,7 +84,9 @@ class DedupStage(DatasetStage):
         }
         embedder = next(iter(inputs.get("embedder", ())), None)
         evaluation = read_evaluation(sets, embedder, self.images, images.vectors.width)
-        return contaminated(inputs["download"], images, evaluation, self.config, ctx)
+        found = contaminated(inputs["download"], images, evaluation, self.config, ctx)
+        check_share(inputs["download"], found, self.config.max_contaminated)
+        return found
 
 
 Facts = dict[tuple[str, str], float]

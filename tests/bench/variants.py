@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from pipeline.config import RunConfig, load, substitute
-from pipeline.dag import DatasetTask, Published, made_here
+from pipeline.dag import DatasetTask, Published, made_here, print_of
 from pipeline.engine.dataset import open_inputs, publish_folder
 from pipeline.engine.shard import build, load_inputs, payload, publish, run_stage
-from pipeline.plan import Model, RoundPlan, dataset_task, plan_round, print_of
+from pipeline.plan import Model, RoundPlan, dataset_task, plan_round
 from pipeline.rounds import _sample_world
 from pipeline.sources import ingest
 from pipeline.store import Record, Store

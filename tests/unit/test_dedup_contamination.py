@@ -16,7 +16,7 @@ from PIL import Image
 
 from stages.base import LocalContext
 from stages.dedup import EVALUATION, DedupConfig, DedupStage
-from stages.errors import RunError, SourceError
+from stages.errors import ConfigError, RunError, SourceError
 from stages.keeper import ImageConfig, ImageKeeper
 from stages.models.embedder import Embedder
 from stages.models.images import decode
@@ -103,7 +103,9 @@ def test_every_net_finds_what_folders_and_tars_hold(tmp_path: Path, embedder: Pa
     inputs[f"{EVALUATION}test"] = [tmp_path / "test"]
     inputs[f"{EVALUATION}coco"] = [tmp_path / "coco.tar"]
     # A random model's cosines say little; that they are asked for is what counts here.
-    config = DedupConfig(semantic_cosine=None, perceptual_distance=60, perceptual_cosine=0.5)
+    config = DedupConfig(
+        semantic_cosine=None, perceptual_distance=60, perceptual_cosine=0.5, max_contaminated=1
+    )
     found = run(tmp_path, inputs, config)
     assert set(found) == {"file", "pixels", "smaller", "annotated"}
     assert found["file"] == found["annotated"] == ("test/deep/one.png", "exact", 1.0)
@@ -136,6 +138,25 @@ def test_nothing_to_compare_with_contaminates_nothing(tmp_path: Path, embedder: 
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev" / "a.png").write_bytes(encoded(picture(1)))
     assert run(tmp_path, inputs | {f"{EVALUATION}dev": [tmp_path / "dev"]}) == {}
+
+
+@pytest.mark.parametrize("source", ["web", "human"])
+def test_training_data_given_as_an_evaluation_set_stops_the_run(
+    tmp_path: Path, embedder: Path, source: str
+) -> None:
+    images = {name: encoded(picture(seed)) for seed, name in enumerate("abc", start=1)}
+    others = {f"other{seed}": encoded(picture(seed)) for seed in range(11, 18)}
+    inputs = tables(tmp_path, embedder, *((images, others)[:: 1 if source == "web" else -1]))
+    (tmp_path / "coco").mkdir()
+    inputs[f"{EVALUATION}coco"] = [tmp_path / "coco"]
+    (tmp_path / "coco" / "1.png").write_bytes(images["a"])
+    assert set(run(tmp_path, inputs)) == {"a"}
+    (tmp_path / "coco" / "2.png").write_bytes(images["b"])
+    told = rf"^dedup\.evaluation: 2 of 3 {source} images .*\(2 of them of 'coco'\).* \(0\.5\): "
+    with pytest.raises(ConfigError, match=told):
+        run(tmp_path, inputs)
+    lenient = DedupConfig(semantic_cosine=None, max_contaminated=0.7)
+    assert set(run(tmp_path, inputs, lenient)) == {"a", "b"}
 
 
 def test_sets_that_cannot_be_used_stop_the_run(tmp_path: Path, embedder: Path) -> None:

@@ -43,7 +43,9 @@ def ready(folder: Path, batch_size: int = 3) -> FilterStage:
 
 def images(files: list[bytes] = FILES, texts: list[list[tuple[str, str]]] = TEXTS) -> pa.Table:
     rows = [
-        row | {"sources": [s for s, _ in own], "texts": [t for _, t in own]}
+        row
+        | {"sources": [s for s, _ in own], "texts": [t for _, t in own]}
+        | {"owners": [row["sample_id"]] * len(own)}
         for row, own in zip(image_rows(files), texts, strict=True)
     ]
     return filled(IMAGES_WITH_TEXTS, rows)
