@@ -7,8 +7,9 @@ running it again after any kind of end goes on where records stop.
 from __future__ import annotations
 
 import json
+import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline import preflight, retry, tombstones
+from pipeline import copies, preflight, retry
 from pipeline.config import RunConfig, substitute
-from pipeline.dag import DatasetTask, Published, made_here
+from pipeline.course import Course, candidates, read_decision, shards_of_plan, without_round
+from pipeline.dag import BEFORE_COPIES, DatasetTask, print_of
 from pipeline.engine.board import watched
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
@@ -27,12 +29,13 @@ from pipeline.engine.dataset import run_dataset
 from pipeline.engine.placement import check_training, resources
 from pipeline.engine.shard import payload
 from pipeline.engine.train import run_training
-from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round, print_of, probes
+from pipeline.lease import held, terminable
+from pipeline.plan import Model, RoundPlan
+from pipeline.preview import preview
 from pipeline.progress import Screen
-from pipeline.sources import ingest, new_files
-from pipeline.store import Record, Store, fingerprint, record_name
+from pipeline.sources import ingest
+from pipeline.store import Record, Store
 from pipeline.version import code_version
-from stages.evaluate import EvaluateStage
 from stages.gate import Decision, decide
 from stages.scenes.server import WorldServer
 from stages.scenes.world import build_world
@@ -44,27 +47,58 @@ def run(
     config: RunConfig, screen: Screen, dry_run: bool = False, retry_failed: bool = False
 ) -> None:
     """Bring the run folder to the state that ``config`` asks for. With ``retry_failed``, rows that
-    failed for reasons that may have passed are cut into shards for the next round to begin.
+    failed for reasons that may have passed are cut into shards for the next round to begin. With
+    ``dry_run``, only say what would be done.
 
     Raises:
-        UserError: something in the config, a source or a model cannot be used.
+        UserError: something in the config, a source or a model cannot be used, or another driver
+            holds the run.
         RunError: the run cannot go on; what is published stays.
     """
     store = Store(config.run)
     numbers = range(config.first_round, config.rounds.count + 1)
     begun = all(store.exists(f"round={number:02d}/plan.json") for number in numbers)
     preflight.check(config, sources=not begun)
-    store.ensure()
-    with _sample_world(config, store) as (filled, world):
-        loop = _Loop(filled, store, screen, world)
-        if dry_run:
-            loop.preview()
-            return
-        loop.describe()
+    if dry_run:
+        with _world_at_hand(config, store) as (filled, world):
+            for line in preview(filled, store, world):
+                screen.note(line)
+        return
+    with opened(config, screen) as (filled, store, world):
         if retry_failed:
-            loop.retry(last_begun=begun)
-        with connected(config.engine, _log_file(store)) as board:
-            loop.go(board)
+            rows = retry.retry_failed(filled, store)
+            more = "; give a larger rounds.count: the rounds asked for have all begun"
+            screen.note(
+                f"{rows} failed rows are tried again in the next round{more if begun else ''}"
+            )
+        go_round(filled, store, screen, world)
+
+
+@contextmanager
+def opened(config: RunConfig, screen: Screen) -> Iterator[tuple[RunConfig, Store, str | None]]:
+    """Inside, this process alone drives the run. Yields the config with the sample world filled
+    in, the run folder under our lease, and the world's folder.
+
+    Raises:
+        LeaseHeldError: another driver is at work.
+        LeaseLostError: another driver has taken over.
+    """
+    unfenced = Store(config.run)
+    unfenced.ensure()
+    with (
+        held(unfenced, screen.note) as store,
+        _sample_world(config, store) as (filled, world),
+    ):
+        yield filled, store, world
+
+
+def go_round(config: RunConfig, store: Store, screen: Screen, world: str | None) -> None:
+    """Do all that the rounds up to ``rounds.count`` still need; called inside `opened`."""
+    loop = _Loop(config, store, screen, world)
+    loop.describe()
+    # Ray has a way of its own to end at SIGTERM, after which nothing could be told.
+    with connected(config.engine, _log_file(store)) as board, terminable():
+        loop.go(board)
 
 
 def _log_file(store: Store) -> Path:
@@ -78,12 +112,31 @@ def _sample_world(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, 
     if config.world is None:
         yield config, None
         return
-    folder = Path(store.path("world")) if store.is_local else store.cache / "world"
+    folder = _world_folder(store)
     build_world(config.world, folder)
     with WorldServer(folder) as server:
         config = substitute(config, folder)
         download = config.download.model_copy(update={"connect_to": server.connect_to})
         yield config.model_copy(update={"download": download}), str(folder)
+
+
+@contextmanager
+def _world_at_hand(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, str | None]]:
+    """As `_sample_world`, but nothing is served, and a world that was not built yet is gone
+    again afterwards."""
+    if config.world is None:
+        yield config, None
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _world_folder(store)
+        if not folder.exists():
+            folder = Path(scratch) / "world"
+        build_world(config.world, folder)
+        yield substitute(config, folder), str(folder)
+
+
+def _world_folder(store: Store) -> Path:
+    return Path(store.path("world")) if store.is_local else store.cache / "world"
 
 
 class _Loop:
@@ -104,80 +157,41 @@ class _Loop:
         }
         self._store.write_json("run.json", document)
 
-    def retry(self, last_begun: bool) -> None:
-        """Cut what failed into supplementary shards."""
-        rows = retry.retry_failed(self._config, self._store)
-        when = "; give a larger rounds.count: the rounds asked for have all begun"
-        self._screen.note(
-            f"{rows} failed rows are tried again in the next round{when if last_begun else ''}"
-        )
-
-    def preview(self) -> None:
-        """Say what a run would do, and do nothing."""
-        published = self._store.record_names()
-        cut = self._store.read_records(n for n in published if "/stage=ingest/" in n)
-        shards = sum(len(record.payloads) for record in cut)
-        found = len(new_files(self._config, cut))
-        self._screen.note(f"{shards} shards are cut; {found} source files are new")
-        for number in range(self._config.rounds.count + 1):
-            plan = self._store.read_json(f"round={number:02d}/plan.json")
-            if plan is None:
-                self._screen.note(f"round {number}: not begun")
-                continue
-            names = [name for records in plan["records"].values() for name in records]
-            done = sum(name in published for name in names)
-            self._screen.note(f"round {number}: {done} of {len(names)} records are published")
-
     def go(self, board: Any) -> None:
         """All rounds, each resumed or skipped as its records say."""
         self._board = board
         check_training(self._config.engine, resources())
+        course = Course(self._config, self._store, self._world)
         first = self._config.first_round
-        models = self._released() if first == 1 else {}
-        inherited: dict[tuple[str, str], str] = {}
-        deduped: DatasetTask | None = None
+        if first == 1:
+            self._measure_released(course.released())
         for number in range(first, self._config.rounds.count + 1):
-            self._screen.begin_round(number, "raw pairs" if not models else "bootstrapping")
-            plan = self._plan(number, models, inherited, deduped)
+            raw = not course.models
+            self._screen.begin_round(number, "raw pairs" if raw else "bootstrapping")
+            self._board.reset.remote()
+            plan, gate = self._plan(course, number)
+            while plan.sharing.copies is not None and plan.sharing.shared is None:
+                self._label(plan, BEFORE_COPIES)
+                with watched(self._board, self._screen.update):
+                    self._dataset(plan.sharing.copies)
+                plan, gate = self._plan(course, number)
             self._round(plan)
-            deduped = plan.task("dedup") if models else None
-            models = self._gate(plan, models)
-            if self._config.rounds.relabel == "new":
-                inherited = _labelled(plan)
+            course.advance(plan, self._gate(plan, gate, course.models))
 
-    def _plan(
-        self,
-        number: int,
-        models: Mapping[str, Model],
-        inherited: Mapping[tuple[str, str], str],
-        deduped: DatasetTask | None,
-    ) -> RoundPlan:
+    def _plan(self, course: Course, number: int) -> tuple[RoundPlan, str]:
         """The round's plan. Its shards are fixed when it begins: files that arrive later wait
         for the next round, so that a resumed round is the round that was begun."""
         path = f"round={number:02d}/plan.json"
         begun = self._store.read_json(path)
-        if begun is None:
-            shards = ingest(self._config, self._store)
-        else:
-            shards = {name: (kind, record) for name, (kind, record) in begun["shards"].items()}
-        published = self._store.record_names()
-
-        def planned(forgotten: tuple[str, ...]) -> tuple[RoundPlan, str]:
-            config, world = self._config, self._world
-            plan = plan_round(config, number, shards, models, world, inherited, deduped, forgotten)
-            return plan, gate_record(config, plan, models)
-
-        # A round that is finished stays; any other does without what was forgotten meanwhile.
-        plan, gate = planned(tuple((begun or {}).get("tombstones", ())))
-        if gate not in published:
-            plan, gate = planned(tombstones.names(published))
+        shards = ingest(self._config, self._store) if begun is None else shards_of_plan(begun)
+        plan, gate = course.plan(number, begun, shards)
         self._store.write_json(path, plan.document(gate))
-        return plan
+        return plan, gate
 
     def _round(self, plan: RoundPlan) -> None:
         """Do all of the round that is not yet published."""
-        self._board.reset.remote()
-        self._label(plan)
+        copies.link(self._store, plan.sharing)
+        self._label(plan, [task.name for task in plan.shard_tasks])
         with watched(self._board, self._screen.update):
             for task in plan.curation:
                 self._dataset(task)
@@ -185,11 +199,13 @@ class _Loop:
             for task in plan.measuring:
                 self._dataset(task)
 
-    def _label(self, plan: RoundPlan) -> None:
-        """The shard stages: download, and in a bootstrapping round caption, filter, embed."""
+    def _label(self, plan: RoundPlan, stages: Sequence[str]) -> None:
+        """The shard stages: download, and in a bootstrapping round embed, caption, filter."""
         self._link(plan)
         jobs = plan.jobs(self._store.record_names())
         for task in plan.shard_tasks:
+            if task.name not in stages:
+                continue
             todo = sum(task.name in job.todo for job in jobs)
             mine = sum(task.name in job.records for job in jobs)
             self._screen.begin(task.name, total=mine, done=mine - todo)
@@ -200,62 +216,38 @@ class _Loop:
                 lambda: plan.jobs(self._store.record_names()),
                 self._board,
             )
-        for task in plan.shard_tasks:
-            self._screen.end(task.name)
+        for name in stages:
+            self._screen.end(name)
 
     def _link(self, plan: RoundPlan) -> None:
         """Publish under this round what an earlier round made by the very same work."""
         published = self._store.record_names()
-        earlier = {_without_round(name): name for name in sorted(published)}
+        earlier = {without_round(name): name for name in sorted(published)}
         for job in plan.jobs(published):
             for stage in job.todo:
                 name = job.records[stage]
-                same = earlier.get(_without_round(name))
+                same = earlier.get(without_round(name))
                 if same is not None:
                     record = self._store.read_record(same)
                     self._store.publish(record.model_copy(update={"round": plan.number}))
 
     # ---- models ------------------------------------------------------------------------------
 
-    def _released(self) -> dict[str, Model]:
-        """The models that the config gives, measured on the probes as the gate's first holder."""
-        config = self._config
-        named = {"caption": config.caption.model, "filter": config.filter.model}
-        refs = {stage: str(ref) for stage, ref in named.items()}
-        # Looked up first: measuring takes long, and a misspelt path must not wait for it.
-        embedder = Model(str(config.embed.model), content_of(str(config.embed.model)))
-        inputs: dict[str, Published | str] = {
-            "captioner": refs["caption"],
-            "filter": refs["filter"],
-            **probes(config),
-        }
-        task = dataset_task(EvaluateStage(config.evaluate), config.evaluate, 0, inputs)
+    def _measure_released(self, task: DatasetTask) -> None:
+        """Evaluate the models that the config gives."""
         self._screen.begin_round(0, "released models")
         self._dataset(task)
         plan = {"round": 0, "shards": {}, "records": {task.name: [task.record]}}
         self._store.write_json("round=00/plan.json", plan)
-        models = {s: Model(ref, content_of(ref), task.record) for s, ref in refs.items()}
-        return {**models, "embed": embedder}
 
-    def _gate(self, plan: RoundPlan, holders: Mapping[str, Model]) -> dict[str, Model]:
-        """The models of the next round: the new ones, or those that hold their place."""
-        trained = {
-            "caption": _trained(plan, "finetune_captioner", "captioner"),
-            "filter": _trained(plan, "finetune_filter", "filter"),
-        }
+    def _gate(self, plan: RoundPlan, gate: str, holders: Mapping[str, Model]) -> Decision:
+        """Which of the round's models are promoted."""
         self._screen.begin("gate", total=1, done=0)
-        decision = decide_and_publish(self._store, self._config, plan, trained, holders)
-        verdicts = {"caption": decision.captioner, "filter": decision.filter}
-        for stage, verdict in verdicts.items():
+        decision = decide_and_publish(self._store, self._config, plan, gate, holders)
+        for stage, verdict in (("caption", decision.captioner), ("filter", decision.filter)):
             self._screen.note(f"{stage} model {verdict.reason}")
         self._screen.end("gate")
-        models = {s: trained[s] if verdicts[s].promoted else holders[s] for s in trained}
-        pretrain = plan.task("pretrain").record
-        own = Model(made_here(pretrain, "med"), print_of(pretrain))
-        if self._config.embed.model is not None:
-            own = Model(self._config.embed.model, content_of(self._config.embed.model))
-        # Frozen for the whole run, so that old and new embeddings compare.
-        return {**models, "embed": holders.get("embed", own)}
+        return decision
 
     def _dataset(self, task: DatasetTask) -> None:
         done = self._store.exists(task.record)
@@ -275,18 +267,17 @@ def decide_and_publish(
     store: Store,
     config: RunConfig,
     plan: RoundPlan,
-    trained: Mapping[str, Model],
+    name: str,
     holders: Mapping[str, Model],
 ) -> Decision:
-    """Let the gate decide on a round's models, once; what it said is read back ever after."""
+    """Let the gate decide on a round's models, once; what it said is read back ever after.
+    ``name`` is that of its record."""
     started = time.time()
-    new, name = plan.task("evaluate").record, gate_record(config, plan, holders)
     if store.exists(name):
-        data = json.loads(store.read_bytes(payload(store.read_record(name), "gate.json").path))
-        return Decision.model_validate(data["decision"])
-    decision = decide(_outcomes(store, new), _holding(store, holders), config.gate, config.seed)
-    verdicts = {"caption": decision.captioner, "filter": decision.filter}
-    chosen = {s: trained[s] if verdicts[s].promoted else holders[s] for s in trained}
+        return read_decision(store, name)
+    outcomes = _outcomes(store, plan.task("evaluate").record)
+    decision = decide(outcomes, _holding(store, holders), config.gate, config.seed)
+    chosen = candidates(plan, holders, decision)
     data = {"decision": decision.model_dump(), "models": {s: m.ref for s, m in chosen.items()}}
     written = store.put_named(
         f"round={plan.number:02d}/stage=gate", "-gate.json", json.dumps(data, indent=1).encode()
@@ -307,14 +298,6 @@ def decide_and_publish(
     return decision
 
 
-def gate_record(config: RunConfig, plan: RoundPlan, holders: Mapping[str, Model]) -> str:
-    """Name of the record of the gate's decision on the round's models against ``holders``."""
-    new = plan.task("evaluate").record
-    old = sorted({model.outcomes for model in holders.values() if model.outcomes})
-    print_ = fingerprint("gate", 1, config.gate, str(config.seed), *map(print_of, [new, *old]))
-    return record_name("gate", plan.number, "all", print_)
-
-
 def _outcomes(store: Store, evaluate: str) -> pa.Table:
     return store.read_table(payload(store.read_record(evaluate), "outcomes.parquet"))
 
@@ -328,24 +311,3 @@ def _holding(store: Store, holders: Mapping[str, Model]) -> pa.Table | None:
             table = _outcomes(store, model.outcomes)
             held.append(table.filter(pc.equal(table["model"], name)))
     return pa.concat_tables(held) if held else None
-
-
-def _trained(plan: RoundPlan, task: str, folder: str) -> Model:
-    """A model that the round trained, with the evaluation that measured it."""
-    record = plan.task(task).record
-    return Model(made_here(record, folder), print_of(record), plan.task("evaluate").record)
-
-
-def _labelled(plan: RoundPlan) -> dict[tuple[str, str], str]:
-    """(stage, shard) → fingerprint of the texts and scores that the round worked with."""
-    return {
-        (stage, job.shard): print_of(record)
-        for job in plan.jobs(set())
-        for stage, record in job.records.items()
-        if stage in ("caption", "filter")
-    }
-
-
-def _without_round(record: str) -> str:
-    """A record's name but for the round it belongs to."""
-    return "/".join(part for part in record.split("/") if not part.startswith("round="))
