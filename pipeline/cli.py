@@ -1,7 +1,8 @@
 """The command line: parses and delegates, and turns every error into one line.
 
-Exit codes: 0 done; 1 the run cannot go on, or `verify` found something wrong; 2 bad input;
-130 interrupted.
+Exit codes: 0 done; 1 the run cannot go on, or `verify` found something wrong; 2 bad input, or
+another driver holds the run; 75 a scheduled firing was skipped for that; 130 interrupted, 143 by
+SIGTERM.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from stages.errors import CapfiltError, UserError
+from stages.errors import CapfiltError, LeaseHeldError, UserError
 
 # What needs Ray or torch is imported by the command that does, so that the others start at once.
 if TYPE_CHECKING:
@@ -29,6 +30,16 @@ Bring a run to the state that CONFIG asks for. Running again goes on where the l
 
 CONFIG is a YAML file; key=value overrides one of its fields, e.g. select.threshold=0.4.
 """
+
+_SCHEDULE = """\
+One firing of a schedule: take new source files; if no round has taken them yet and they are enough
+(schedule.min_new_rows), go round once. A round that an earlier firing left unfinished is finished
+instead. For cron, a systemd timer or a CronJob; with --every it stays and fires by the clock.
+
+Exit code 0: went round, or nothing to do; 75: skipped, another driver is at work in the run.
+"""
+
+_SKIPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 _FORGET = """\
 Take samples out of a run. No stage uses them from now on, rounds under way select anew without
@@ -64,8 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2, debug)
     except CapfiltError as error:
         return _fail(str(error), 1, debug)
-    except KeyboardInterrupt:
-        return _fail("interrupted; run the same command again to go on from here", 130, debug)
+    except KeyboardInterrupt as error:
+        from pipeline.lease import Terminated
+
+        code = 143 if isinstance(error, Terminated) else 130
+        return _fail("interrupted; run the same command again to go on from here", code, debug)
     except BrokenPipeError:
         # The reader, `head` for one, has seen enough; nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -87,7 +101,8 @@ def _fail(line: str, code: int, debug: bool) -> int:
 
 def _run(given: Sequence[str]) -> int:
     options, rest = _parser().parse_known_args(given)
-    overrides = [word for word in rest if options.command == "run" and not word.startswith("-")]
+    configured = options.command in ("run", "schedule")
+    overrides = [word for word in rest if configured and not word.startswith("-")]
     unknown = [word for word in rest if word not in overrides]
     if unknown:
         raise UserError(f"unknown argument {unknown[0]!r}; see `capfilt {options.command} --help`")
@@ -126,6 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
     run.add_argument(
         "--retry-failed", action="store_true", help="fetch again what failed and may work now"
+    )
+    schedule = command("schedule", _do_schedule, "go round if there is enough new data", _SCHEDULE)
+    schedule.add_argument("config", metavar="CONFIG")
+    schedule.add_argument("overrides", metavar="key=value", nargs="*")
+    schedule.add_argument(
+        "--every", metavar="TIME", help="stay, and fire again and again: 30m, 6h, 1d (UTC)"
     )
     for name, handler, text in (
         ("status", _do_status, "how far a run is, and its figures"),
@@ -199,6 +220,35 @@ def _do_run(options: argparse.Namespace) -> int:
 
         print_figures(read_status(Store(config.run)), console(sys.stdout))
     return 0
+
+
+def _do_schedule(options: argparse.Namespace) -> int:
+    if options.every is not None:
+        return _do_repeat(options)
+    from pipeline.config import load
+
+    config = load(options.config, options.overrides)
+
+    from pipeline.progress import Screen
+    from pipeline.schedule import fire
+
+    try:
+        with Screen(run=config.run) as screen:
+            fire(config, screen)
+    except LeaseHeldError as error:
+        return _fail(f"skipped: {error}", _SKIPPED, "debug" in options)
+    return 0
+
+
+def _do_repeat(options: argparse.Namespace) -> int:
+    from pipeline.timer import repeat, seconds
+
+    try:
+        every = seconds(options.every)
+    except ValueError as error:
+        raise UserError(f"--every {options.every!r}: give 90s, 30m, 6h or 1d") from error
+    debug = ["--debug"] if "debug" in options else []
+    return repeat(every, [options.config, *options.overrides, *debug])
 
 
 def _open(options: argparse.Namespace) -> Store:

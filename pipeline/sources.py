@@ -43,6 +43,15 @@ def ingest(config: RunConfig, store: Store) -> Shards:
     }
 
 
+def known_shards(records: Sequence[Record]) -> Shards:
+    """The shards that ingest records have cut."""
+    return {
+        source.shard: (source.details["kind"], source.name)
+        for record in records
+        for source in _shards_in(record)
+    }
+
+
 def new_files(config: RunConfig, records: Sequence[Record]) -> list[SourceFile]:
     """Source files that no ingest record covers, in the order of the config."""
     done = {record.fingerprint for record in records}
@@ -121,18 +130,24 @@ def link_shards(
 ) -> list[tuple[str, tuple[str, str]]]:
     """The shards of one ingested file; those without a record of their own get it now."""
     found = []
-    for payload in record.payloads:
-        shard = payload.path.partition("shard=")[2][:6]
-        source = record.model_copy(
+    for source in _shards_in(record):
+        if source.name not in published:
+            store.publish(source)
+        found.append((source.shard, (record.details["kind"], source.name)))
+    return found
+
+
+def _shards_in(record: Record) -> list[Record]:
+    """The records of their own that the shards of one ingested file have, or will have."""
+    return [
+        record.model_copy(
             update={
                 "stage": "sources",
-                "shard": shard,
+                "shard": payload.path.partition("shard=")[2][:6],
                 "fingerprint": (payload.first_sha256 or payload.sha256)[:16],
                 "payloads": (payload,),
                 "counts": {"rows": payload.rows or 0},
             }
         )
-        if source.name not in published:
-            store.publish(source)
-        found.append((shard, (record.details["kind"], source.name)))
-    return found
+        for payload in record.payloads
+    ]

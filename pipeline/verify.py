@@ -33,7 +33,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _SHARD_STAGES = ("download", "caption", "filter", "embed")
-_OWN_FILES = ("records/", "logs/", "world/", "tombstones/")
+_OWN_FILES = ("records/", "leases/", "logs/", "world/", "tombstones/")
 """Parts of a run folder that hold no payloads."""
 
 
