@@ -150,13 +150,25 @@ class _Attention(nn.Module):
         key_value: KeyValue,
         mask: Tensor | None = None,
         causal: bool = False,
+        guests: KeyValue | None = None,
     ) -> Tensor:
         """``key_value`` may have fewer rows than ``states``: then each of its rows serves the same
-        number of consecutive rows of ``states``, as if repeated, without the copies."""
-        key, value = key_value
+        number of consecutive rows of ``states``, as if repeated, without the copies. The last rows
+        of ``states`` use ``guests``, one row each, if there are any."""
         query = self.self.query(states)
-        if key.shape[0] != query.shape[0]:
-            query = query.view(key.shape[0], -1, query.shape[-1])
+        if guests is None:
+            mixed = self._mix(query, key_value, mask, causal)
+        else:
+            split = len(query) - len(guests[0])
+            parts = (query[:split], key_value), (query[split:], guests)
+            mixed = torch.cat([self._mix(*part, mask, causal) for part in parts])
+        return cast(Tensor, self.output(mixed, states))
+
+    def _mix(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, causal: bool) -> Tensor:
+        key, value = key_value
+        shape = query.shape
+        if key.shape[0] != shape[0]:
+            query = query.view(key.shape[0], -1, shape[-1])
         mixed = F.scaled_dot_product_attention(
             split_heads(query, self.heads),
             key,
@@ -165,8 +177,7 @@ class _Attention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
         )
-        mixed = mixed.transpose(1, 2).reshape(states.shape[0], states.shape[1], -1)
-        return cast(Tensor, self.output(mixed, states))
+        return mixed.transpose(1, 2).reshape(shape)
 
 
 class _Intermediate(nn.Module):
@@ -212,12 +223,13 @@ class _TextLayer(nn.Module):
         first_only: bool,
         rows: Tensor | None,
         image_kv: KeyValue | None,
+        guests: KeyValue | None,
     ) -> Tensor:
         states = self.self_attention(states, mask, causal, past, first_only)
         if rows is not None:
             states = states.index_select(0, rows)
         if image_kv is not None:
-            states = self.crossattention(states, image_kv)
+            states = self.crossattention(states, image_kv, guests=guests)
         return cast(Tensor, self.output(self.intermediate(states), states))
 
 
@@ -265,6 +277,7 @@ class TextStack(nn.Module):
         *,
         causal: bool = False,
         image_kv: Sequence[KeyValue] | None = None,
+        guests: Sequence[KeyValue] | None = None,
         cache: Cache | None = None,
         rows: Tensor | None = None,
         first_only: bool = False,
@@ -277,6 +290,7 @@ class TextStack(nn.Module):
           first position of a row must be a token.
         - ``image_kv``: from `cross_kv`, one row for each text; or N / k rows, each serving k
           consecutive texts. None = text encoder.
+        - ``guests``: as ``image_kv``, one row for each of the last texts, which use it instead.
         - ``rows``: (M,) int64. The result has M rows, row i being text ``rows[i]``; what does not
           depend on the image is then computed once per text. ``image_kv`` counts M rows.
         - ``first_only``: only position 0 of the result, (N, 1, D). Not with ``causal``.
@@ -300,6 +314,7 @@ class TextStack(nn.Module):
                 first_only and index == last,
                 rows if first else None,
                 image_kv[index] if image_kv is not None else None,
+                guests[index] if guests is not None else None,
             )
             if rows is not None and first and mask is not None and mask.shape[0] > 1:
                 mask = mask.index_select(0, rows)

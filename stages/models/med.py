@@ -261,19 +261,20 @@ class Med(nn.Module):
     ) -> Tensor:
         """Mean next-token loss with label smoothing over the tokens that follow the prompt."""
         config = self.config.text
+        # Position t predicts token t + 1, so the last one is not run; only positions with a target
+        # reach the vocabulary.
         states: Tensor = self.text_decoder.bert(
-            _starting_with(config.dec_token_id, input_ids), causal=True, image_kv=image_kv
+            _starting_with(config.dec_token_id, input_ids[:, :-1]), causal=True, image_kv=image_kv
         )
-        # Position t predicts token t + 1; only positions with a target reach the vocabulary.
-        targets = F.pad(input_ids[:, 1:], (0, 1), value=config.pad_token_id).flatten()
-        wanted = targets.view_as(input_ids) != config.pad_token_id
+        wanted = input_ids[:, 1:] != config.pad_token_id
         wanted[:, : max(prompt_length - 1, 0)] = False
         places = wanted.flatten().nonzero().squeeze(1)
         shared = workers if workers is not None and workers.share else None
         if shared is None and not len(places):
             return states.sum() * 0
         logits = self.text_decoder.cls.predictions(states.flatten(0, 1).index_select(0, places))
-        return cross_entropy(logits, targets[places], shared, self.config.label_smoothing)
+        targets = input_ids[:, 1:].flatten()[places]
+        return cross_entropy(logits, targets, shared, self.config.label_smoothing)
 
     @torch.no_grad()
     def _momentum_features(
@@ -316,31 +317,34 @@ class Med(nn.Module):
         negatives: Negatives,
         shared: Workers | None,
     ) -> Tensor:
+        # An image's own text and its wrong one lie side by side, so that both use its keys and
+        # values where they are; only the pairs of a text and a wrong image, last, need copies.
         batch = input_ids.shape[0]
-        own = torch.arange(batch, device=input_ids.device)
-        if shared is None:
-            texts = torch.cat([own, own, negatives.text_index])
-            images = torch.cat([own, negatives.image_index, own])
-            labels = matching_labels(batch, negatives, input_ids.device)
-        else:
+        first = torch.arange(batch, device=input_ids.device)
+        own, guests, images, wrong = first, first, *negatives[:2]
+        if shared is not None:
             # A text is small: it comes to the worker that holds its image.
             input_ids = shared.gather_padded(input_ids)
             attention_mask = shared.gather_padded(attention_mask)
             rows = shared.own(batch)
             here = negatives.image_index - rows.start
             guests = ((here >= 0) & (here < batch)).nonzero().squeeze(1)
-            texts = torch.cat([own + rows.start, guests, negatives.text_index[rows]])
-            images = torch.cat([own, here[guests], own])
-            right, wrong_image, wrong_text = matching_labels(
-                len(input_ids), negatives, input_ids.device
-            ).view(3, -1)
-            labels = torch.cat([right[rows], wrong_image[guests], wrong_text[rows]])
+            own, images, wrong = first + rows.start, here[guests], wrong[rows]
+        right, wrong_image, wrong_text = matching_labels(
+            len(input_ids), negatives, input_ids.device
+        ).view(3, -1)
+        labels = torch.cat(
+            [torch.stack([right[own], wrong_text[own]], 1).flatten(), wrong_image[guests]]
+        )
+        texts = torch.cat([torch.stack([own, wrong], 1).flatten(), guests])
+        if shared is not None:
             needed, texts = torch.unique(texts, return_inverse=True)
             input_ids, attention_mask = input_ids[needed], attention_mask[needed]
         states = self.text_encoder(
             _starting_with(self.config.text.enc_token_id, input_ids),
             attention_mask,
-            image_kv=take_rows(image_kv, images),
+            image_kv=image_kv,
+            guests=take_rows(image_kv, images) if len(images) else None,
             rows=texts,
             first_only=True,
         )

@@ -117,6 +117,17 @@ def test_causal_needs_no_mask_for_right_padded_texts(case: Case) -> None:
     assert distance(ours, expected, case.mask) < TOLERANCE
 
 
+def test_the_last_texts_may_use_other_images(case: Case) -> None:
+    kv = case.stack.cross_kv(case.tokens)
+    guests = take_rows(kv, torch.tensor([1, 0]))
+    ids, mask = (torch.cat([part, part[[0, 5]]]) for part in (case.ids, case.mask))
+    ours = case.stack(ids, mask, image_kv=kv, guests=guests)
+    own = case.stack(case.ids, case.mask, image_kv=kv)
+    assert distance(ours[:-2], own, case.mask) < TOLERANCE
+    other = case.stack(ids[-2:], mask[-2:], image_kv=guests)
+    assert distance(ours[-2:], other, mask[-2:]) < TOLERANCE
+
+
 def test_rows_pick_texts_for_images(case: Case) -> None:
     rows, images = torch.tensor([0, 5, 1, 1, 3, 2]), torch.tensor([0, 0, 0, 1, 1, 1])
     ids, mask = case.ids[rows], case.mask[rows]
