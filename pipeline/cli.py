@@ -212,14 +212,19 @@ def _do_run(options: argparse.Namespace) -> int:
 
     with Screen(run=config.run) as screen:
         rounds.run(config, screen, options.dry_run, options.retry_failed)
+    if not options.dry_run:
+        _print_figures(config.run)
+    return 0
+
+
+def _print_figures(run: str) -> None:
     from pipeline.terminal import console, json_wanted
 
-    if not options.dry_run and not json_wanted():
+    if not json_wanted():
         from pipeline.status import print_figures, read_status
         from pipeline.store import Store
 
-        print_figures(read_status(Store(config.run)), console(sys.stdout))
-    return 0
+        print_figures(read_status(Store(run)), console(sys.stdout))
 
 
 def _do_schedule(options: argparse.Namespace) -> int:
@@ -234,9 +239,11 @@ def _do_schedule(options: argparse.Namespace) -> int:
 
     try:
         with Screen(run=config.run) as screen:
-            fire(config, screen)
+            went_round = fire(config, screen)
     except LeaseHeldError as error:
         return _fail(f"skipped: {error}", _SKIPPED, "debug" in options)
+    if went_round:
+        _print_figures(config.run)
     return 0
 
 
