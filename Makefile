@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: install quickstart test check format bench lock clean
+.PHONY: install quickstart test check format bench chaos lock clean
 
 install: $(INSTALLED)
 
@@ -25,7 +25,8 @@ check: install  ## format, lint, types, import contract
 	$(BIN)/lint-imports
 
 test: check  ## every check and every test
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile tests/unit
+	$(BIN)/pytest tests/integration
 
 format: install
 	$(BIN)/ruff format .
@@ -36,6 +37,9 @@ bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.dedup
 	$(BIN)/python -m tests.bench.pretrain
 	$(BIN)/python -m tests.bench.capfilt
+
+chaos: install  ## a download whose workers are killed ten times
+	$(BIN)/python -m tests.bench.chaos
 
 lock:  ## pin what is installed now
 	(head -1 requirements.lock; $(BIN)/pip freeze --all --exclude capfilt --exclude pip \
