@@ -8,16 +8,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed import all_reduce, get_world_size
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.models.med import Med
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 Parallel = Literal["ddp", "fsdp2"]
 
@@ -75,6 +76,9 @@ class Sharded(Alone):
     """
 
     def __init__(self, losses: nn.Module, med: Med) -> None:
+        # Imported where it is used: it costs each worker that does without most of a second.
+        from torch.distributed.fsdp import fully_shard
+
         # FSDP2 takes no scalars: the temperature stays replicated.
         self._scalars = {p for p in losses.parameters() if not p.dim()}
         for tower in (med.vision_model, med.vision_model_m):
@@ -85,7 +89,7 @@ class Sharded(Alone):
 
     @contextmanager
     def batch(self, last: bool) -> Iterator[None]:
-        root = cast(FSDPModule, self.model)
+        root = cast("FSDPModule", self.model)
         root.set_requires_gradient_sync(last)
         root.set_is_last_backward(last)
         yield
@@ -108,9 +112,13 @@ class Sharded(Alone):
         return norm
 
     def whole(self, tensor: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor
+
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
     def parted(self, tensor: Tensor, like: Tensor) -> Tensor:
+        from torch.distributed.tensor import DTensor, distribute_tensor
+
         if not isinstance(like, DTensor) or tensor.shape != like.shape:
             return tensor
         # Every worker has read the whole: nothing is to be sent.
