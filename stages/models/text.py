@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
 from stages.errors import CheckpointError
-from stages.models.blocks import TextConfig
 
+# Stages that only clean texts do not wait for torch.
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import BertTokenizer
+
+    from stages.models.blocks import TextConfig
 
 DECODE_TOKEN = "[DEC]"
 ENCODE_TOKEN = "[ENC]"
@@ -130,6 +130,8 @@ def encode_texts(
     special token, such as ``[SEP]``, gets ordinary tokens for it.
     """
     if not texts:
+        import torch
+
         return torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
     batch = tokenizer(
         [_encodable(text) for text in texts],
