@@ -69,7 +69,7 @@ class DownloadStage(ShardStage):
     """
 
     name = "download"
-    version = 3
+    version = 4
     input_schema = SOURCES
     output_schema = DOWNLOAD
 

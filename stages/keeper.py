@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
@@ -99,7 +99,7 @@ class ImageKeeper:
     """Encoded image bytes in, `Outcome` out: checked, decoded, hashed, resized, encoded again.
 
     The same bytes give the same outcome. Metadata is dropped; EXIF orientation is applied first,
-    and RGB and grey ICC profiles are converted to sRGB. CMYK profiles are ignored.
+    and colours with an ICC profile (RGB, grey or CMYK) are converted to sRGB.
     """
 
     def __init__(self, config: ImageConfig) -> None:
@@ -152,13 +152,17 @@ class ImageKeeper:
         # A large JPEG is decoded at a fraction of its size that leaves the resizer enough to do.
         drafted = header.format == "JPEG" and self._config.resize_mode != "no"
         cover = max(_LEAST_COVER, 2 * self._config.image_size) if drafted else None
-        picture = decode(data, self._config.max_pixels, cover)
+        profile = header.profile
+        of_cmyk = None
+        if header.mode == "CMYK" and profile is not None:
+            of_cmyk = partial(to_srgb, mode="CMYK", profile=profile)
+        picture = decode(data, self._config.max_pixels, cover, of_cmyk)
         original = picture.size
         if drafted:
             original = (header.width, header.height)
             original = original[::-1] if header.swapped else original
-        if header.profile is not None:
-            picture = to_srgb(picture, header.profile)
+        if profile is not None and of_cmyk is None:
+            picture = to_srgb(picture, header.mode, profile)
         phash, pixel_sha256 = perceptual_hash(picture), pixel_hash(picture)
         pixels = io.BytesIO()
         picture.save(pixels, "BMP")
@@ -201,34 +205,49 @@ def _swapped(image: Image.Image) -> bool:
         return False
 
 
-def to_srgb(picture: Image.Image, profile: bytes) -> Image.Image:
-    """An RGB picture with the colours of its ICC ``profile`` converted to sRGB.
+_SPACES = {"RGB ": {"RGB", "RGBA", "RGBX", "P", "PA"}, "CMYK": {"CMYK"}}
+"""Colour space of an ICC profile → modes of the files that it can speak of; GRAY: all others."""
 
-    A profile of another colour space than RGB or grey, and a broken one, changes nothing.
+
+def to_srgb(picture: Image.Image, mode: str, profile: bytes) -> Image.Image:
+    """An RGB picture with the colours of an ICC ``profile`` converted to sRGB.
+
+    ``mode`` is the file's, ``picture`` RGB, or CMYK as the file is. A profile of another colour
+    space than the file's, of one that is none of RGB, grey and CMYK, or a broken one says nothing:
+    then colours are taken as sRGB, and CMYK is converted by Pillow.
     """
     from PIL import ImageCms
 
     try:
-        transform, mode = _transform(profile)
+        transform, takes = _transform(profile, mode)
+        if transform is not None:
+            # A grey picture came as RGB of equal channels: converting it back loses nothing.
+            source = picture if picture.mode == takes else picture.convert(takes)
+            converted = ImageCms.applyTransform(source, transform)
+            return picture if converted is None else converted
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return picture
-    if transform is None:
-        return picture
-    # A grey picture came as RGB of equal channels, so that converting it back loses nothing.
-    return ImageCms.applyTransform(picture.convert(mode), transform) or picture
+        pass
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 @lru_cache(maxsize=16)
-def _transform(profile: bytes) -> tuple[Any, str]:
-    """(transform to sRGB, mode that it takes); (None, "") where there is nothing to convert."""
+def _transform(profile: bytes, mode: str) -> tuple[Any, str]:
+    """(transform to sRGB, mode that it takes); (None, "") where there is nothing to convert.
+
+    The rendering is the perceptual one, which every profile has.
+    """
     from PIL import ImageCms
 
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    mode = {"RGB ": "RGB", "GRAY": "L"}.get(source.profile.xcolor_space)
-    if mode is None or "sRGB" in (source.profile.profile_description or ""):
+    space = source.profile.xcolor_space
+    spoken = next((name for name, modes in _SPACES.items() if mode in modes), "GRAY")
+    if space != spoken:
         return None, ""
+    if space == "RGB " and "sRGB" in (source.profile.profile_description or ""):
+        return None, ""
+    takes = {"RGB ": "RGB", "GRAY": "L", "CMYK": "CMYK"}[space]
     target = ImageCms.createProfile("sRGB")
-    return ImageCms.buildTransform(source, target, mode, "RGB"), mode
+    return ImageCms.buildTransform(source, target, takes, "RGB"), takes
 
 
 def pixel_hash(picture: Image.Image) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -39,15 +39,20 @@ class DecodeError(ValueError):
     """These bytes are not an image that we read; ``str(error)`` is one line."""
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS, cover: int | None = None) -> Image.Image:
-    """One upright RGB image, a function of the bytes and of ``cover``.
+def decode(
+    data: bytes,
+    max_pixels: int = MAX_PIXELS,
+    cover: int | None = None,
+    from_cmyk: Callable[[Image.Image], Image.Image] | None = None,
+) -> Image.Image:
+    """One upright RGB image, a function of the bytes, of ``cover`` and of ``from_cmyk``.
 
     - A JPEG is decoded at the smallest of libjpeg's scales (1, 1/2, 1/4, 1/8) whose edges both
       have ``cover`` pixels; None = whole.
     - EXIF orientation is applied, and ignored where the EXIF block is broken.
     - Animated files give their first frame.
-    - Transparency is composited on white; palettes and CMYK are converted by Pillow; colour
-      profiles are ignored.
+    - Transparency is composited on white; palettes are converted by Pillow, and so is CMYK unless
+      ``from_cmyk`` makes RGB of it; colour profiles are ignored.
     - 16-bit samples keep their high byte; floats are read as 0 to 1 where none exceeds 1, else as
       0 to 255.
 
@@ -59,7 +64,7 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS, cover: int | None = None) 
             _check_size(image, max_pixels)
             if cover is not None:
                 image.draft(None, (cover, cover))
-            return _decoded(image, max_pixels)
+            return _decoded(image, max_pixels, from_cmyk)
     except DecodeError:
         raise
     except Exception as error:  # Pillow's parsers raise some twenty kinds on hostile bytes
@@ -75,14 +80,18 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise DecodeError(f"image is too large: {width}x{height}, at most {max_pixels} pixels")
 
 
-def _decoded(image: ImageFile.ImageFile, max_pixels: int) -> Image.Image:
+def _decoded(
+    image: ImageFile.ImageFile,
+    max_pixels: int,
+    from_cmyk: Callable[[Image.Image], Image.Image] | None,
+) -> Image.Image:
     # Read before load(): some of Pillow's formats turn the pixels and drop the tag while loading.
     orientation = _orientation(image)
     size = image.size
     image.load()
     _check_size(image, max_pixels)  # an ICO's header may understate the picture inside
     turned = image.size != size or _orientation(image) != orientation
-    rgb = _rgb(image)
+    rgb = from_cmyk(image) if from_cmyk and image.mode == "CMYK" else _rgb(image)
     if not turned and orientation in _UPRIGHT:
         rgb = rgb.transpose(_UPRIGHT[orientation])
     return rgb
