@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from pipeline.cli import main
+from pipeline.lease import held
 from pipeline.runfolder import read_rounds
 from pipeline.store import Store
 from stages.scenes.config import WorldConfig
@@ -64,8 +65,8 @@ def test_help_is_there_at_once() -> None:
     done = capfilt("--help")
     assert time.monotonic() - started < 3
     assert done.returncode == 0
-    assert all(name in done.stdout for name in ("run", "status", "verify", "inspect", "report"))
-    for command in ("run", "status", "verify", "inspect", "report"):
+    assert all(name in done.stdout for name in ("run", "schedule", "status", "verify", "report"))
+    for command in ("run", "schedule", "status", "verify", "inspect", "report"):
         said = capfilt(command, "--help")
         assert said.returncode == 0 and said.stdout.startswith(f"usage: capfilt {command}")
 
@@ -101,6 +102,10 @@ def test_the_module_is_the_same_program(run: str, module: bool) -> None:
         (("run", "x.yaml", "--rounds", "two"), "invalid int value: 'two'"),
         (("run", "none.yaml"), "none.yaml: cannot be read"),
         (("inspect", "run", "--rows", "0"), "--rows 0: must be at least 1"),
+        (("schedule",), "required: CONFIG"),
+        (("schedule", "none.yaml"), "none.yaml: cannot be read"),
+        (("schedule", "none.yaml", "--every", "often"), "--every 'often': give 90s, 30m, 6h or 1d"),
+        (("schedule", "none.yaml", "--every", "0h"), "--every '0h'"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments: tuple[str, ...], part: str, tmp_path: Path) -> None:
@@ -149,6 +154,26 @@ def test_another_world_than_the_run_began_with(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(values))
     assert f"{tmp_path}/run/world: holds another world" in refused(capfilt("run", str(path)))
     assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_a_dry_run_creates_nothing(tmp_path: Path) -> None:
+    command = ("run", str(ROOT / "configs" / "tiny.yaml"), f"run={tmp_path}/run", "--dry-run")
+    done = capfilt(*command, cwd=tmp_path)
+    assert done.returncode == 0 and done.stderr == ""
+    assert "0 shards are cut; 2 source files are new" in done.stdout
+    assert "round 1: all of it, once its sources are cut" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_driver_is_refused_and_a_firing_skipped(tmp_path: Path) -> None:
+    store = Store(str(tmp_path / "run"))
+    config = str(ROOT / "configs" / "tiny.yaml")
+    with held(store, print):
+        said = refused(capfilt("run", config, f"run={store.root}"))
+        assert f"held by process {os.getpid()} on " in said and ", since 20" in said
+        said = refused(capfilt("schedule", config, f"run={store.root}"), code=75)
+        assert said.startswith("capfilt: skipped: run folder ")
+        assert [name for name in store.files() if not name.startswith("leases/")] == []
 
 
 def test_debug_shows_where_it_happened() -> None:
