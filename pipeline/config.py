@@ -115,6 +115,12 @@ class RunConfig(Config):
             raise ValueError("embed.model: needed when the run starts from released models")
         return self
 
+    @model_validator(mode="after")
+    def _languages_are_known(self) -> RunConfig:
+        if self.select.texts.languages and not self.ingest.language:
+            raise ValueError("select.texts.languages: needs ingest.language, which is false")
+        return self
+
     @property
     def first_round(self) -> int:
         """0 where the run starts from nothing, 1 where caption.model and filter.model are given."""

@@ -31,7 +31,7 @@ from stages.readers import (
 )
 from stages.schemas import SOURCES
 from stages.seen import SeenPairs, mark_repeats
-from stages.texts import clean_text, score_text
+from stages.texts import Language, clean_text, identify_language, score_text
 
 READERS = {**TABLES, "annotations": read_annotations, "json": read_json}
 
@@ -53,9 +53,12 @@ _CHUNK = 1 << 20
 class IngestConfig(Config):
     """How sources are cut."""
 
-    # A new size applies to new files only: what was cut stays as it is.
+    # Both apply to new files only: what was cut stays as it is.
     shard_size: int = operational(1000, ge=1)
     """Rows of a shard, at most."""
+    language: bool = operational(True)
+    """Identify the language of web texts, for ``select.texts.languages``. It takes about as long as
+    all else that is done to a text."""
 
 
 class IngestStage(DatasetStage):
@@ -67,7 +70,7 @@ class IngestStage(DatasetStage):
     """
 
     name = "ingest"
-    version = 2
+    version = 3
 
     def __init__(
         self,
@@ -103,7 +106,7 @@ class IngestStage(DatasetStage):
         rows: dict[str, int] = dict.fromkeys((file.config.path for file in files), 0)
         for number, file in enumerate(files):
             ctx.progress(f"reading {PurePosixPath(file.path).name}", number, len(files))
-            for table in read_rows(file):
+            for table in read_rows(file, self.config.language):
                 rows[file.config.path] += table.num_rows
                 yield table
         for path, count in rows.items():
@@ -174,8 +177,9 @@ def _no_rows(path: str) -> SourceError:
     return SourceError(f"{path}: holds no rows; give a source that does, or leave it out")
 
 
-def read_rows(file: SourceFile) -> Iterator[pa.Table]:
-    """SOURCES tables of at most 10,000 rows, ``repeat_of`` empty, in the file's order.
+def read_rows(file: SourceFile, language: bool = False) -> Iterator[pa.Table]:
+    """SOURCES tables of at most 10,000 rows, ``repeat_of`` empty, in the file's order; with
+    ``language``, that of web texts is identified.
 
     Raises:
         SourceError: the file cannot be read, or a column is missing.
@@ -183,7 +187,8 @@ def read_rows(file: SourceFile) -> Iterator[pa.Table]:
     with readable(file.path, file.format):
         records = READERS[file.format](file)
         while batch := list(itertools.islice(records, _BATCH_ROWS)):
-            yield pa.Table.from_pylist([_source_row(file, r) for r in batch], schema=SOURCES)
+            rows = [_source_row(file, record, language) for record in batch]
+            yield pa.Table.from_pylist(rows, schema=SOURCES)
 
 
 def cut(tables: Iterable[pa.Table], shard_size: int, seen: SeenPairs) -> Iterator[pa.Table]:
@@ -285,7 +290,7 @@ def _protocols(fs: Any) -> tuple[str, ...]:
     return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
 
 
-def _source_row(file: SourceFile, record: Record) -> dict[str, Any]:
+def _source_row(file: SourceFile, record: Record, language: bool) -> dict[str, Any]:
     row = ids.row_id(file.identity, record.number)
     url = None if record.url is None else _valid(record.url)
     if url is not None:
@@ -296,6 +301,8 @@ def _source_row(file: SourceFile, record: Record) -> dict[str, Any]:
         image = f"row:{row}" if record.media is None else f"file:{record.media}"
     original = _valid(record.text)
     text = clean_text(original)
+    asked = language and file.origin == "web"
+    spoken = identify_language(text) if asked else Language(None, None)
     return {
         "row_id": row,
         "sample_id": ids.sample_id(image),
@@ -305,6 +312,7 @@ def _source_row(file: SourceFile, record: Record) -> dict[str, Any]:
         "text": text,
         "original_text": original,
         **score_text(text)._asdict(),
+        **spoken._asdict(),
         "image_hash": record.image_hash,
         "extra": None if record.extra is None else _valid(record.extra),
         "retry_of": None,

@@ -41,7 +41,11 @@ SOURCES = _schema(
     ("text_letters", pa.float32(), "letters among its characters that are no spaces, 0 to 1"),
     ("text_repetition", pa.float32(), "words that it has said before, 0 to 1"),
     ("text_boilerplate", pa.bool_(), "whether it is a file name or placeholder and nothing else"),
-    ("text_language", _TEXT, "code of its language, as fastText's lid.176 has it; null if not asked"),
+    (
+        "text_language",
+        _TEXT,
+        "code of its language, as fastText's lid.176 has it; null if not asked",
+    ),
     ("text_language_score", pa.float32(), "how sure that is, 0 to 1; null if not asked"),
     ("image_hash", _TEXT, "md5, sha1, sha256 or sha512 that the image must have, in hex; or null"),
     ("extra", _TEXT, "further columns of the source that were asked for, as a JSON object; null"),

@@ -9,6 +9,7 @@ A pair's state follows from three questions, asked in turn:
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from stages.base import Config, Context, DatasetStage, read_table
 from stages.ids import failed_caption_id, pair_id
@@ -48,6 +49,19 @@ class TextRules(Config):
     """Words that the text has said before."""
     boilerplate: bool = True
     """Whether file names and placeholders pass."""
+    languages: tuple[str, ...] = ()
+    """ISO 639-1 codes (639-3 where there is none) of languages that pass; empty: all. Needs
+    ``ingest.language``: a text whose language was not identified is rejected."""
+    min_language_score: float = Field(0.0, ge=0, le=1)
+    """How sure it must be that a text is in its language; short texts rarely come near 1."""
+
+    @field_validator("languages")
+    @classmethod
+    def _codes(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for code in value:
+            if not re.fullmatch("[a-z]{2,3}", code):
+                raise ValueError(f"{code!r} must be a language's code, e.g. en, de, zh")
+        return value
 
 
 class SelectConfig(Config):
@@ -163,6 +177,7 @@ _READS: Mapping[str, tuple[pa.Schema, tuple[str, ...]]] = {
         (
             *("row_id", "sample_id", "source", "text", "retry_of", "text_words"),
             *("text_letters", "text_repetition", "text_boilerplate"),
+            *("text_language", "text_language_score"),
         ),
     ),
     "download": (
@@ -214,7 +229,14 @@ SELECT sample_id, text, any_value(reason) AS reason FROM (
         WHEN text_letters < $min_letters::FLOAT THEN 'fewer letters than select.texts.min_letters'
         WHEN text_repetition > $max_repetition::FLOAT
             THEN 'more repetition than select.texts.max_repetition'
-        WHEN text_boilerplate AND NOT $boilerplate THEN 'boilerplate' END AS reason
+        WHEN text_boilerplate AND NOT $boilerplate THEN 'boilerplate'
+        WHEN len($languages::VARCHAR[]) > 0 AND text_language IS NULL
+            THEN 'language not identified'
+        WHEN len($languages::VARCHAR[]) > 0
+            AND NOT list_contains($languages::VARCHAR[], text_language)
+            THEN text_language || ' is none of select.texts.languages'
+        WHEN text_language_score < $min_language_score::FLOAT
+            THEN 'language less sure than select.texts.min_language_score' END AS reason
     FROM sources WHERE source = 'web'
 ) WHERE reason IS NOT NULL GROUP BY sample_id, text
 """

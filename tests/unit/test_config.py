@@ -95,6 +95,11 @@ def test_a_bad_override_is_named(file: Path, override: str, parts: list[str]) ->
     assert len(said) < 500
 
 
+def test_languages_can_only_be_chosen_where_they_are_identified(file: Path) -> None:
+    said = problem(file, "select.texts.languages=[en]", "ingest.language=false")
+    assert "select.texts.languages: needs ingest.language" in said
+
+
 def test_a_misspelt_section_is_named_rather_than_called_missing(file: Path) -> None:
     file.write_text(file.read_text().replace("pretrain", "pretrian"))
     assert "pretrian: unknown key; did you mean 'pretrain'? (and 1 more)" in problem(file)

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from stages.base import LocalContext
 from stages.ids import failed_caption_id, pair_id
@@ -25,7 +26,7 @@ from stages.schemas import (
     TEXTS,
 )
 from stages.select import SelectConfig, SelectStage, TextRules, normal_form
-from stages.texts import score_text
+from stages.texts import identify_language, score_text
 from tests.tables import filled, write_shards
 
 Row = dict[str, Any]
@@ -69,6 +70,7 @@ class Round:
         return {
             **known,
             **score_text(row["text"] or "")._asdict(),
+            **identify_language(row["text"] or "")._asdict(),
             "retry_of": self.retries.get(row["row_id"]),
         }
 
@@ -415,6 +417,33 @@ def test_texts_are_rejected_by_rule_whatever_their_score(
     assert {text for text, pair in web.items() if pair["state"] == "rejected"} == rejected
     assert all(web[text]["detail"] for text in rejected)
     assert {p["state"] for p in pairs.values() if p["source"] == "synthetic"} == {"kept"}
+
+
+def test_texts_are_kept_by_language(round_: Round) -> None:
+    texts = {
+        "en": "a dog runs on the beach",
+        "de": "ein Hund läuft am Strand entlang",
+        "ru": "собака бежит по пляжу",
+        None: "12 34",
+    }
+    for number, text in enumerate(texts.values()):
+        round_.web(f"s{number}", text, 0.9)
+        round_.synthetic(f"s{number}", f"une photo {number}", 0.9)
+
+    def details(**rules: Any) -> dict[str | None, str]:
+        _, pairs = round_.select(SelectConfig(texts=TextRules(**rules)))
+        assert {p["state"] for p in pairs.values() if p["source"] == "synthetic"} == {"kept"}
+        refused = {p["text"]: p["detail"] for p in pairs.values() if p["state"] == "rejected"}
+        return {code: refused[text] for code, text in texts.items() if text in refused}
+
+    assert details() == {}
+    assert details(languages=("en", "ru")) == {
+        "de": "de is none of select.texts.languages",
+        None: "language not identified",
+    }
+    assert set(details(min_language_score=1.0)) == {"en", "de", "ru"}
+    with pytest.raises(ValidationError, match="must be a language's code"):
+        TextRules(languages=("english",))
 
 
 def test_a_row_that_a_later_one_tries_again_is_retried(round_: Round) -> None:

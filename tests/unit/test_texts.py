@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stages.texts import clean_text, score_text
+from stages.texts import Language, clean_text, identify_language, score_text
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,39 @@ def test_texts_are_measured(
     assert scores.text_boilerplate == boilerplate
 
 
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("a dog runs on the beach", "en"),
+        ("A DOG RUNS ON THE BEACH", "en"),
+        ("ein Hund läuft am Strand entlang", "de"),
+        ("un chien court sur la plage", "fr"),
+        ("собака бежит по пляжу", "ru"),
+        ("一只狗在沙滩上奔跑", "zh"),
+        ("ילד משחק בכדור", "he"),
+    ],
+)
+def test_languages_are_identified(text: str, language: str) -> None:
+    found = identify_language(text)
+    assert found.text_language == language
+    assert found.text_language_score is not None
+    assert 0.3 < found.text_language_score <= 1
+
+
+@pytest.mark.parametrize("text", ["", "1234 5678", "!?", "🐈"])
+def test_a_text_without_letters_has_no_language(text: str) -> None:
+    assert identify_language(text) == Language(None, None)
+
+
+@given(st.text(max_size=400))
+def test_any_text_has_one_language_or_none(text: str) -> None:
+    clean = clean_text(text)
+    code, score = identify_language(clean)
+    assert (code is None) == (score is None) == (not any(map(str.isalpha, clean)))
+    assert score is None or 0 <= score <= 1
+    assert identify_language(clean) == (code, score)
+
+
 @pytest.mark.skipif("CAPFILT_TEST_DATA" not in os.environ, reason="CAPFILT_TEST_DATA is unset")
 def test_real_alt_texts_stay_readable() -> None:
     path = Path(os.environ["CAPFILT_TEST_DATA"]) / "alt_text" / "img2dataset_test_1000.parquet"
@@ -95,3 +128,5 @@ def test_real_alt_texts_stay_readable() -> None:
     assert sum(score_text(text).text_boilerplate for text in cleaned) < 0.1 * len(texts)
     changed = [(a, b) for a, b in zip(texts, cleaned, strict=True) if a != b]
     assert len(changed) < 0.2 * len(texts)
+    languages = [identify_language(text).text_language for text in cleaned]
+    assert languages.count("en") > 0.8 * len(texts)  # the set is LAION's English part
