@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -42,12 +42,24 @@ def fingerprinted(config: BaseModel) -> dict[str, object]:
 
 
 class Resources(Config):
-    """What one replica of a stage occupies."""
+    """What one replica of a stage occupies, and how many there may be."""
 
     cpus: float = Field(1.0, gt=0)
     gpus: float = Field(0.0, ge=0)
+    """A share of one GPU, which other replicas share, or whole GPUs."""
+    memory_gb: float = Field(0.0, ge=0)
+    """GiB of main memory to set aside; 0 sets none aside."""
+    accelerator: str | None = None
+    """Only on nodes with this accelerator, by Ray's name of it: H100, A100, L4…"""
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
+
+    @field_validator("gpus")
+    @classmethod
+    def _a_share_or_whole(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError("a share of one GPU, at most 1, or a whole number of GPUs")
+        return value
 
 
 class ShardStage(ABC):
@@ -96,9 +108,12 @@ class Context(Protocol):
     rank: int
     world_size: int
 
-    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """``[function(item) for item in items]``, in order, perhaps in parallel; on this machine,
-        so that ``function`` may read files that the stage wrote."""
+    def map(
+        self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
+    ) -> list[R]:
+        """``[function(item) for item in items]``, in order, perhaps in parallel, on any machine.
+        ``reads``: files that the stage wrote, or folders of such, which ``function`` reads where
+        they lie; nobody may write them meanwhile."""
         ...
 
     def progress(self, message: str, done: int, total: int) -> None:
@@ -124,7 +139,9 @@ class LocalContext:
     def __init__(self, checkpoints: Path | None = None) -> None:
         self._checkpoints = checkpoints
 
-    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    def map(
+        self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
+    ) -> list[R]:
         return [function(item) for item in items]
 
     def progress(self, message: str, done: int, total: int) -> None:

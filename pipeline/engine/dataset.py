@@ -5,17 +5,18 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.dag import DatasetTask, Published
 from pipeline.engine import metrics
 from pipeline.engine.shard import open_model
+from pipeline.engine.spread import Spread
 from pipeline.store import Record, Store
 from pipeline.version import code_version
 from stages.errors import CapfiltError, RunError
@@ -32,16 +33,22 @@ class StageContext:
     rank = 0
     world_size = 1
 
-    def __init__(self, stage: str, board: Any, checkpoints: Checkpoints | None = None) -> None:
+    def __init__(
+        self, stage: str, store: Store, board: Any, checkpoints: Checkpoints | None = None
+    ) -> None:
         self._stage = stage
         self._board = board
         self._checkpoints = checkpoints
+        self._spread = Spread(store)
 
-    def map(self, function: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        # On this machine: what is mapped may read scratch files of the stage that maps.
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        remote = ray.remote(function).options(scheduling_strategy=here)
-        return list(ray.get([remote.remote(item) for item in items]))
+    def map(
+        self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
+    ) -> list[R]:
+        return self._spread.map(function, items, reads)
+
+    def close(self) -> None:
+        """The stage has ended: nothing that it mapped is read any more."""
+        self._spread.close()
 
     def progress(self, message: str, done: int, total: int) -> None:
         self._board.progress.remote(self._stage, message, done, total)
@@ -122,7 +129,8 @@ def publish_folder(task: DatasetTask, store: Store, output: Path, started: float
 def _work(task: DatasetTask, store: Store, board: Any) -> Record:
     started = time.time()
     with tempfile.TemporaryDirectory() as output:
-        task.stage.run(open_inputs(task, store), Path(output), StageContext(task.name, board))
+        with closing(StageContext(task.name, store, board)) as context:
+            task.stage.run(open_inputs(task, store), Path(output), context)
         return publish_folder(task, store, Path(output), started)
 
 

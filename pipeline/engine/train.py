@@ -35,7 +35,8 @@ class TrainContext(StageContext):
     """`stages.base.Context` of one rank of a worker group."""
 
     def __init__(self, task: DatasetTask, store: Store, board: Any) -> None:
-        super().__init__(task.name, board, Checkpoints(store, f"{task.name}-{task.fingerprint}"))
+        checkpoints = Checkpoints(store, f"{task.name}-{task.fingerprint}")
+        super().__init__(task.name, store, board, checkpoints)
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()

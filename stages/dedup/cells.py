@@ -40,6 +40,11 @@ class Cells:
     folder: Path
 
     @property
+    def files(self) -> list[Path]:
+        """Whatever its methods read."""
+        return [self.vectors.file, *sorted(self.folder.glob("*.npy"))]
+
+    @property
     def rows(self) -> Rows:
         """The rows of ``vectors`` that are parted."""
         mapped: Rows = np.load(self.folder / "rows.npy", mmap_mode="r")

@@ -104,7 +104,8 @@ def every_pair(
             found.append(Ties.of(left[i[once]], right[j[once]], cosines[once], watch))
         return gathered(found)
 
-    return gathered(spread(ctx, "comparing images", across, range(0, len(new), _BLOCK)))
+    starts = range(0, len(new), _BLOCK)
+    return gathered(spread(ctx, "comparing images", across, starts, [vectors.file]))
 
 
 def _by_cells(
@@ -173,7 +174,8 @@ def _sampled(cells: Cells, chosen: Rows, fresh: Mask, ctx: Context, scratch: Pat
         return gathered(found)
 
     starts = range(0, count, 16 * _BLOCK)
-    return gathered(spread(ctx, "searching a sample exhaustively", against, starts)).incident(watch)
+    found = spread(ctx, "searching a sample exhaustively", against, starts, cells.files)
+    return gathered(found).incident(watch)
 
 
 def _within_cells(cells: Cells, fresh: Mask, watch: Mask, ctx: Context) -> Ties:
@@ -195,13 +197,19 @@ def _within_cells(cells: Cells, fresh: Mask, watch: Mask, ctx: Context) -> Ties:
 
     step = -(-cells.count // _TASKS)
     parts = [range(n, min(n + step, cells.count)) for n in range(0, cells.count, step)]
-    return gathered(spread(ctx, "comparing images", join, parts))
+    return gathered(spread(ctx, "comparing images", join, parts, cells.files))
 
 
-def spread(ctx: Context, message: str, work: Callable[[T], Ties], parts: Sequence[T]) -> list[Ties]:
-    """``work`` on every part, side by side where the engine can."""
+def spread(
+    ctx: Context,
+    message: str,
+    work: Callable[[T], Ties],
+    parts: Sequence[T],
+    reads: Sequence[Path],
+) -> list[Ties]:
+    """``work`` on every part, side by side where the engine can; it ``reads`` these files."""
     ctx.progress(message, 0, len(parts))
     few = len(parts) <= _FEW
-    done = [work(item) for item in parts] if few else ctx.map(work, list(parts))
+    done = [work(item) for item in parts] if few else ctx.map(work, list(parts), reads)
     ctx.progress(message, len(parts), len(parts))
     return done

@@ -1,0 +1,102 @@
+"""Mapped work on two Ray nodes, and the files that go with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.engine.spread import SharedFile, Spread, machines
+from pipeline.store import Store
+from stages.base import LocalContext
+from stages.dedup import SearchConfig, search
+from stages.dedup.images import Vectors
+
+_PATIENCE = 120.0
+
+
+@pytest.fixture(scope="module")
+def two_nodes() -> Iterator[None]:
+    node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=node)  # type: ignore[no-untyped-call]
+    try:
+        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)  # type: ignore[no-untyped-call]
+        ray.init(address=cluster.address, log_to_driver=False)
+        yield
+    finally:
+        ray.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()  # type: ignore[no-untyped-call]
+
+
+def test_work_runs_on_every_node_and_finds_its_files(tmp_path: Path, two_nodes: None) -> None:
+    store = Store(str(tmp_path / "run"))
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    (scratch / "data").write_text("what was written")
+
+    def meet(number: int) -> tuple[str, str]:
+        """Ends only when another node with one CPU works at the same time."""
+        (tmp_path / f"here-{number}").touch()
+        end = time.monotonic() + _PATIENCE
+        while not (tmp_path / f"here-{1 - number}").exists():
+            assert time.monotonic() < end, "nobody else came"
+            time.sleep(0.05)
+        return ray.get_runtime_context().get_node_id(), (scratch / "data").read_text()
+
+    spread = Spread(store)
+    found = spread.map(meet, [0, 1], [scratch])
+    assert {node for node, _ in found} == set(machines())
+    assert {text for _, text in found} == {"what was written"}
+    assert [p for p in store.files() if p.startswith("scratch/spread/")]
+    spread.close()
+    assert not [p for p in store.files() if p.startswith("scratch/spread/")]
+
+
+def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -> None:
+    rng = np.random.default_rng(0)
+    vectors = Vectors(tmp_path / "vectors.f16", 3_000, 32)
+    rows = np.arange(3_000)
+    values = rng.normal(size=(3_000, 32))
+    values[1::5] = values[::5] + 0.05 * rng.normal(size=(600, 32))
+    vectors.write(rows, values.astype(np.float16))
+    fresh, config = np.ones(3_000, dtype=np.bool_), SearchConfig(exhaustive_below=0, cells=40)
+    found = []
+    spread = Spread(Store(str(tmp_path / "run")))
+
+    class Spreading(LocalContext):
+        def map(self, function, items, reads=()):  # type: ignore[no-untyped-def]
+            return spread.map(function, items, reads)
+
+    for context in (LocalContext(), Spreading()):
+        scratch = tmp_path / type(context).__name__
+        scratch.mkdir()
+        ties, measured = search.close_pairs(vectors, rows, fresh, 0.95, config, context, scratch)
+        found.append((ties.pairs, sorted(zip(ties.left, ties.right, strict=True)), measured))
+    assert found[0] == found[1] and found[0][0] >= 600
+    spread.close()
+
+
+def test_a_machine_fetches_what_it_lacks_once_and_anew_when_it_changed(tmp_path: Path) -> None:
+    store, path = Store(str(tmp_path / "run")), tmp_path / "scratch" / "data"
+    path.parent.mkdir()
+    first, second = (SharedFile(path, f"scratch/spread/x/{n}", mark) for n, mark in enumerate("ab"))
+    path.write_text("first")
+    first.share(store)
+    assert first.here()
+    # Another machine: nothing lies there.
+    first.drop()
+    assert not path.parent.exists()
+    first.fetch(store)
+    assert path.read_text() == "first" and first.here() and not second.here()
+    store.remove(first.stored)
+    first.fetch(store)  # it is here: the store is not asked again
+    path.write_text("second")
+    second.share(store)
+    assert second.here() and not first.here()
+    second.drop()
+    assert not path.parent.exists()
