@@ -22,11 +22,11 @@ from pipeline import copies, preflight, retry
 from pipeline.config import RunConfig, substitute
 from pipeline.course import Course, candidates, read_decision, shards_of_plan, without_round
 from pipeline.dag import BEFORE_COPIES, DatasetTask, print_of
+from pipeline.engine import placement
 from pipeline.engine.board import watched
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
 from pipeline.engine.dataset import run_dataset
-from pipeline.engine.placement import check_training, resources
 from pipeline.engine.shard import payload
 from pipeline.engine.train import run_training
 from pipeline.lease import held, terminable
@@ -160,7 +160,7 @@ class _Loop:
     def go(self, board: Any) -> None:
         """All rounds, each resumed or skipped as its records say."""
         self._board = board
-        check_training(self._config.engine, resources())
+        placement.check(self._config)
         course = Course(self._config, self._store, self._world)
         first = self._config.first_round
         if first == 1:

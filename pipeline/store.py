@@ -11,6 +11,7 @@ since other processes cannot see it.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import io
 import json
@@ -19,7 +20,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -317,16 +318,22 @@ class Store:
         if self.is_local:
             return Path(self.path(relative))
         target = self.cache / relative
-        if not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with (
-                self._talking(f"cannot read {relative}"),
-                self.fs.open(self.path(relative), "rb") as source,
-                tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as scratch,
-            ):
-                shutil.copyfileobj(source, scratch, _CHUNK)
-            Path(scratch.name).replace(target)
+        lock = self.cache / ".locks" / hashlib.sha256(relative.encode()).hexdigest()
+        # Workers of one machine want the same weights at once: one fetches, the others wait.
+        with nullcontext() if target.exists() else _one_at_a_time(lock):
+            if not target.exists():
+                self._fetch(relative, target)
         return target
+
+    def _fetch(self, relative: str, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            self._talking(f"cannot read {relative}"),
+            self.fs.open(self.path(relative), "rb") as source,
+            tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as scratch,
+        ):
+            shutil.copyfileobj(source, scratch, _CHUNK)
+        Path(scratch.name).replace(target)
 
     def local_folder(self, relative: str) -> Path:
         """A local path to a folder of payloads, copied file by file from a remote store."""
@@ -427,6 +434,15 @@ def _one_line(error: Exception) -> str:
 
 def _attempt() -> str:
     return uuid.uuid4().hex
+
+
+@contextmanager
+def _one_at_a_time(lock: Path) -> Iterator[None]:
+    """Inside, no other process or thread of this machine is; a process that dies lets go."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _create_local(target: Path, data: bytes) -> bool:

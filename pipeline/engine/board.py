@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,8 +25,10 @@ class Board:
     def __init__(self) -> None:
         self._notices = Notices()
         self._meters = Meters()
+        self._begun: Counter[tuple[str, str]] = Counter()
 
     def begin(self, stage: str, shard: str) -> None:
+        self._begun[stage, shard] += 1
         self._notices.running[stage, shard] = time.time()
 
     def end(self, stage: str, shard: str, counts: dict[str, int]) -> None:
@@ -48,12 +51,17 @@ class Board:
 
     def forget(self) -> None:
         """Start a new pass: what is running or failed is no longer of interest."""
+        self._begun.clear()
         self._notices.running.clear()
         self._notices.errors.clear()
 
     def reset(self) -> None:
         """Start a new round."""
         self._notices = Notices()
+
+    def begun_again(self) -> set[tuple[str, str]]:
+        """What this pass began more than once and has not ended."""
+        return {work for work in self._notices.running if self._begun[work] > 1}
 
     def read(self) -> Notices:
         return self._notices

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
+import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
@@ -13,13 +15,19 @@ from typing import Any
 
 import ray
 import ray.data
+from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.config import EngineConfig
 from pipeline.engine.board import Board
-from stages.errors import RunError
+from stages.errors import ConfigError, RunError
 
 _GIB = 1 << 30
+_CONNECT_SECONDS = 5.0
+_ANSWER_SECONDS = 18.0
+"""Together below half a minute. Ray itself tries for two minutes, and cannot be interrupted."""
+_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray's job server, whose cluster is there."""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -39,23 +47,34 @@ def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
     A local Ray is started where no address is given, and stopped at the end.
 
     Raises:
-        RunError: the cluster cannot be reached or started.
+        ConfigError: there is no such cluster, it is of another version or wants a token, or its
+            workers cannot have the runtime environment of this driver.
+        RunError: a local Ray cannot be started.
     """
     _quieten(log_file)
     with _stderr_to(log_file):
-        try:
-            _init(config)
-        except (ConnectionError, TimeoutError, OSError, RuntimeError) as error:
-            where = config.address or "a local Ray"
-            raise RunError(f"engine.address: cannot use {where}: {_first_line(error)}") from error
+        _init(config)
         try:
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.print_on_execution_start = False
-            board: Any = Board
-            yield board.remote()
+            yield _board()
         finally:
             ray.shutdown()
+
+
+def _board() -> Any:
+    """The driver's board. The first worker that must start, it tells whether any can."""
+    board_class: Any = Board
+    board = board_class.remote()
+    try:
+        ray.get(board.read.remote())
+    except RayError as error:
+        raise ConfigError(
+            f"runtime_env: Ray cannot start a worker for this driver: {_line(error)}; mend the "
+            "runtime environment that the job was submitted with, or the nodes' image"
+        ) from error
+    return board
 
 
 @contextmanager
@@ -77,15 +96,59 @@ def _stderr_to(file: Path) -> Iterator[None]:
 def _init(config: EngineConfig) -> None:
     address = config.address or os.environ.get("RAY_ADDRESS")
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address:
-        ray.init(address=address, **common)
+    try:
+        if address:
+            _check_reachable(address)
+            ray.init(address=address, **common)
+            return
+        ray.init(
+            address="local",
+            num_cpus=config.cpus,
+            object_store_memory=int(config.object_store_gb * _GIB),
+            include_dashboard=False,
+            **common,
+        )
+    except (RayError, OSError, RuntimeError, ValueError) as error:
+        if address:
+            raise _unusable(address, _line(error)) from error
+        raise RunError(f"cannot start a local Ray: {_line(error)}") from error
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse at once what ``ray.init`` would wait minutes for.
+
+    Raises:
+        ConfigError: nothing listens there, or it is no Ray that answers this one.
+    """
+    if address.startswith("ray://"):
+        raise _unusable(address, "Ray Client runs no pipelines; submit the run with `ray job`")
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        return  # "auto" and the like, which Ray resolves at once
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except OSError as error:
+        raise _unusable(address, f"nothing answers there ({error})") from error
+    if _IN_A_JOB in os.environ:
         return
-    ray.init(
-        address="local",
-        num_cpus=config.cpus,
-        object_store_memory=int(config.object_store_gb * _GIB),
-        include_dashboard=False,
-        **common,
+    # In a process of its own, since Ray's native client waits on with no way to stop it.
+    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
+    try:
+        done = subprocess.run(
+            command, check=False, capture_output=True, text=True, timeout=_ANSWER_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        seconds = f"{_ANSWER_SECONDS:g} s"
+        raise _unusable(address, f"no Ray answers there within {seconds}") from error
+    if done.returncode != 0:
+        told = [line for line in done.stderr.splitlines() if line.strip()]
+        raise _unusable(address, told[-1].strip() if told else "`ray status` fails")
+
+
+def _unusable(address: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"engine.address: cannot use the Ray cluster at {address}: {why}; give HOST:PORT of a "
+        "head of the same Ray and Python, with its token in RAY_AUTH_TOKEN if it wants one"
     )
 
 
@@ -104,5 +167,6 @@ def _quieten(log_file: Path) -> None:
         logger.propagate = False
 
 
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+def _line(error: Exception) -> str:
+    """What an error says, which Ray spreads over lines, in one."""
+    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -11,9 +11,10 @@ that cannot be processed are quarantined, the others go on.
 from __future__ import annotations
 
 import io
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -25,23 +26,22 @@ from pipeline.dag import SHARD_READS, ShardJob, ShardTask
 from pipeline.engine import metrics
 from pipeline.engine import shard as shards
 from pipeline.engine.isolate import run_alone
-from pipeline.engine.placement import Share, fit, resources
+from pipeline.engine.placement import Share, fit
 from pipeline.store import Store
 from pipeline.tombstones import read_removed
 from stages import errors
 from stages.base import ShardStage
 from stages.removed import Removed
 
-_ROW = pa.schema([("shard", pa.string()), ("carried", pa.map_(pa.string(), pa.large_binary()))])
+_ROW = pa.schema([("job", pa.string()), ("carried", pa.map_(pa.string(), pa.large_binary()))])
 _MAX_PASSES_WITHOUT_PROGRESS = 2
 
 
 @dataclass(frozen=True)
 class Pass:
-    """What every worker of one pass over the shards is told."""
+    """What every worker of one pass is told, however many shards it has: a row brings its job."""
 
     store: Store
-    jobs: Mapping[str, ShardJob]
     active: tuple[str, ...]
     """The stages that have an operator, in order."""
     board: Any
@@ -58,7 +58,7 @@ class StageWorker:
         self._stage: ShardStage | None = None
 
     def __call__(self, row: pa.Table) -> pa.Table:
-        job = self._plan.jobs[row["shard"][0].as_py()]
+        job = _job(row)
         carried = _unpack(row)
         name = self._task.name
         if carried is None:
@@ -66,11 +66,11 @@ class StageWorker:
         if name in job.todo:
             output = self._try(job, carried)
             if output is None:
-                return _pack(job.shard, None)
+                return _pack(job, None)
             carried[name] = output
         later = self._plan.active[self._plan.active.index(name) + 1 :]
         wanted = {read for stage in later if stage in job.todo for read in SHARD_READS[stage]}
-        return _pack(job.shard, {k: v for k, v in carried.items() if k in wanted})
+        return _pack(job, {k: v for k, v in carried.items() if k in wanted})
 
     def _try(self, job: ShardJob, carried: dict[str, pa.Table]) -> pa.Table | None:
         """The published output, or None after noting on the board what was raised."""
@@ -104,10 +104,16 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _pack(shard: str, carried: Mapping[str, pa.Table] | None) -> pa.Table:
-    """One row: the shard and the tables it carries as Arrow IPC; None says that it failed."""
+def _pack(job: ShardJob, carried: Mapping[str, pa.Table] | None) -> pa.Table:
+    """One row: the job and the tables it carries as Arrow IPC; None says that it failed."""
     packed = None if carried is None else [(k, _to_ipc(v)) for k, v in carried.items()]
-    return pa.table({"shard": [shard], "carried": pa.array([packed], _ROW.field(1).type)}, _ROW)
+    told = json.dumps(asdict(job))
+    return pa.table({"job": [told], "carried": pa.array([packed], _ROW.field(1).type)}, _ROW)
+
+
+def _job(row: pa.Table) -> ShardJob:
+    told = json.loads(row["job"][0].as_py())
+    return ShardJob(told["shard"], told["records"], tuple(told["todo"]))
 
 
 def _unpack(row: pa.Table) -> dict[str, pa.Table] | None:
@@ -161,7 +167,8 @@ def run_shards(
 
 
 def _suspects(board: Any) -> set[tuple[str, str]]:
-    """(stage, shard) that raised or was running when its worker died.
+    """(stage, shard) that raised, or that was begun twice and finished neither time. What had
+    only begun when another worker ended the pass, or a node left, is innocent.
 
     Raises:
         UserError: if that is what a stage raised: no retry can help.
@@ -171,7 +178,8 @@ def _suspects(board: Any) -> set[tuple[str, str]]:
         raised = getattr(errors, kind, None)
         if isinstance(raised, type) and issubclass(raised, errors.UserError | errors.RunError):
             raise raised(message)
-    return set(notices.errors) | set(notices.running)
+    begun_again: set[tuple[str, str]] = ray.get(board.begun_again.remote())
+    return set(notices.errors) | begun_again
 
 
 def _one_pass(
@@ -180,17 +188,12 @@ def _one_pass(
     """Run one dataset over the shards. Returns what Ray says if it gave up, else None."""
     needed = {stage for job in jobs for stage in job.todo}
     active = [task for task in tasks if task.name in needed]
-    plan = Pass(
-        store,
-        {job.shard: job for job in jobs},
-        tuple(t.name for t in active),
-        board,
-        read_removed(store),
-    )
-    rows = [_pack(job.shard, {}) for job in jobs]
-    dataset = ray.data.from_arrow(rows)
-    for task, share in zip(active, fit(active, resources()), strict=True):
-        dataset = _operator(dataset, task, share, plan)
+    plan = Pass(store, tuple(t.name for t in active), board, read_removed(store))
+    shares = fit({task.name: task.build(None).resources for task in active})
+    dataset = ray.data.from_arrow([_pack(job, {}) for job in jobs])
+    for task in active:
+        shards_of = sum(task.name in job.todo for job in jobs)
+        dataset = _operator(dataset, task, shares[task.name].of_at_most(shards_of), plan)
     try:
         for _ in dataset.iter_batches(batch_size=None, prefetch_batches=0):
             pass
@@ -217,7 +220,9 @@ def _operator(dataset: Any, task: ShardTask, share: Share, plan: Pass) -> Any:
         ),
         num_cpus=share.cpus,
         num_gpus=share.gpus or None,
+        memory=share.memory or None,
         ray_remote_args_fn=_bounded_retries,
+        **({"accelerator_type": share.accelerator} if share.accelerator else {}),
     )
 
 

@@ -11,7 +11,7 @@ from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
 from pipeline.dag import ShardJob, ShardTask, stage_input
 from pipeline.engine import shard as shards
 from pipeline.engine.dataset import translate
-from pipeline.engine.placement import resources
+from pipeline.engine.placement import fit
 from pipeline.store import Store
 from pipeline.tombstones import read_removed
 from stages.errors import UserError
@@ -66,8 +66,14 @@ class _Alone:
     def halve(self, start: int, stop: int) -> list[pa.Table]:
         """Output pieces for input rows ``start`` to ``stop``."""
         needs = self.stage.resources
-        cpus = min(needs.cpus, resources()["CPU"])
-        work = _rows_alone.options(num_cpus=cpus, num_gpus=needs.gpus or None)
+        one = needs.model_copy(update={"min_replicas": 1})
+        share = fit({self._task.name: one})[self._task.name]
+        work = _rows_alone.options(
+            num_cpus=share.cpus,
+            num_gpus=share.gpus or None,
+            memory=share.memory or None,
+            accelerator_type=share.accelerator,
+        )
         try:
             return [ray.get(work.remote(self._task, self._store, self._job, start, stop))]
         except RayError as error:

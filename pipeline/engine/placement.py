@@ -1,17 +1,24 @@
-"""How operators share a machine: their first replicas must all fit, or Ray waits without a word."""
+"""How stages share a cluster: their first replicas must all fit, or Ray waits without a word."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import floor
 
 import ray
+from ray._private.state import state
 
-from pipeline.config import EngineConfig
-from pipeline.dag import ShardTask
+from pipeline.config import EngineConfig, RunConfig
 from stages.base import Resources
 from stages.errors import ConfigError
+
+_GIB = 1 << 30
+_LEAST = 0.001
+"""Ray's resolution of CPUs."""
+
+Node = Mapping[str, float]
+"""What one node has, by Ray's names: CPU, GPU, memory (bytes), accelerator_type:X."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +27,46 @@ class Share:
 
     cpus: float
     gpus: float
+    memory: int
+    """Bytes."""
+    accelerator: str | None
     min_replicas: int
     max_replicas: int
 
+    def of_at_most(self, count: int) -> Share:
+        """No more replicas than there are shards."""
+        return replace(
+            self,
+            min_replicas=min(self.min_replicas, count),
+            max_replicas=min(self.max_replicas, count),
+        )
 
-def resources() -> dict[str, float]:
-    """What the whole Ray cluster has."""
-    found: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    return found
+
+def nodes() -> list[Node]:
+    """The nodes that are up."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+
+
+def grows_to() -> dict[str, float] | None:
+    """What an autoscaler may bring the cluster to; None where there is none."""
+    found = state.get_max_resources_from_cluster_config()
+    return None if found is None else {kind: float(count) for kind, count in found.items()}
+
+
+def check(config: RunConfig) -> None:
+    """Refuse, before anything is done, what could never start.
+
+    Raises:
+        ConfigError: a stage or the worker group needs more than Ray has or may grow to.
+    """
+    found, limit = nodes(), grows_to()
+    total = {kind: sum(node.get(kind, 0.0) for node in found) for kind in ("CPU", "GPU")}
+    check_training(config.engine, total if limit is None else limit)
+    wanted = {name: getattr(config, name).resources for name in ("download", *_MODELS)}
+    share_out(wanted, found, limit)
+
+
+_MODELS = ("caption", "filter", "embed")
 
 
 def check_training(config: EngineConfig, cluster: Mapping[str, float]) -> None:
@@ -45,35 +84,127 @@ def check_training(config: EngineConfig, cluster: Mapping[str, float]) -> None:
             )
 
 
-def fit(tasks: Sequence[ShardTask], cluster: Mapping[str, float]) -> list[Share]:
-    """A share for each task such that all their minimum replicas can run at once.
+def fit(wanted: Mapping[str, Resources]) -> dict[str, Share]:
+    """`share_out` on the cluster as it is now."""
+    return share_out(wanted, nodes(), grows_to())
 
-    Where CPUs are too few, every task's CPUs shrink by the same factor (a fraction is a
-    reservation, not a limit). GPUs are not shrunk: memory does not stretch.
+
+def share_out(
+    wanted: Mapping[str, Resources], found: Sequence[Node], limit: Node | None = None
+) -> dict[str, Share]:
+    """A share for each stage such that all their minimum replicas can run at once.
+
+    Where CPUs are too few, every stage's CPUs shrink by the same factor (a fraction is a
+    reservation, not a limit), until each replica finds a node. GPUs and memory are not shrunk:
+    they do not stretch.
+
+    Args:
+        wanted: stage → what one replica needs.
+        found: the nodes that are up.
+        limit: what an autoscaler may bring all nodes together to; then only that sum is held.
 
     Raises:
-        ConfigError: the GPUs are too few, or there are no CPUs at all.
+        ConfigError: GPUs, their kind or memory are too few, or there are no CPUs at all.
     """
-    wanted: list[Resources] = [task.build(None).resources for task in tasks]
-    cpus, gpus = cluster.get("CPU", 0.0), cluster.get("GPU", 0.0)
-    need_cpus = sum(r.cpus * r.min_replicas for r in wanted)
-    need_gpus = sum(r.gpus * r.min_replicas for r in wanted)
-    if need_gpus > gpus:
-        names = ", ".join(f"{t.name} {r.gpus:g}" for t, r in zip(tasks, wanted, strict=True))
-        raise ConfigError(
-            f"resources: stages need {need_gpus:g} GPUs at once ({names}), Ray has {gpus:g}; "
-            "lower <stage>.resources.gpus or add GPUs"
-        )
+    cpus = sum(node.get("CPU", 0.0) for node in found) if limit is None else limit.get("CPU", 0.0)
     if cpus <= 0:
         raise ConfigError("resources: Ray has no CPUs; start it with at least one")
-    scale = min(1.0, cpus / need_cpus) if need_cpus else 1.0
-    return [
-        Share(
-            # Rounded down to Ray's resolution, so that the sum still fits.
-            cpus=max(0.001, floor(r.cpus * scale * 1000) / 1000),
+    need = sum(r.cpus * r.min_replicas for r in wanted.values())
+    scale = min(1.0, cpus / need) if need else 1.0
+    if limit is not None:
+        _check_sum(wanted, limit)
+    else:
+        _check_placed(wanted, found)
+        while scale > _LEAST and _unplaced(wanted, found, scale):
+            scale /= 1.25
+    return {
+        name: Share(
+            cpus=_scaled(r.cpus, scale),
             gpus=r.gpus,
+            memory=int(r.memory_gb * _GIB),
+            accelerator=r.accelerator,
             min_replicas=r.min_replicas,
             max_replicas=max(r.min_replicas, r.max_replicas),
         )
-        for r in wanted
+        for name, r in wanted.items()
+    }
+
+
+def _scaled(cpus: float, scale: float) -> float:
+    """Rounded down to Ray's resolution, so that the sum still fits."""
+    return max(_LEAST, floor(cpus * scale / _LEAST) * _LEAST)
+
+
+def _check_placed(wanted: Mapping[str, Resources], found: Sequence[Node]) -> None:
+    """Raises ConfigError where a stage finds no place however few CPUs it takes."""
+    stage = _unplaced(wanted, found, 0.0)
+    if stage is None:
+        return
+    has = [
+        f"{sum(node.get('GPU', 0.0) for node in found):g} GPUs",
+        *sorted({k for node in found for k in node if k.startswith("accelerator_type:")}),
+        f"{sum(node.get('memory', 0.0) for node in found) / _GIB:.1f} GiB",
     ]
+    raise ConfigError(
+        f"{stage}.resources: no place for {_told(wanted)} at once, Ray has {', '.join(has)} on "
+        f"{len(found)} nodes; lower <stage>.resources or add nodes"
+    )
+
+
+def _check_sum(wanted: Mapping[str, Resources], limit: Node) -> None:
+    need = sum(r.gpus * r.min_replicas for r in wanted.values())
+    if need > limit.get("GPU", 0.0):
+        raise ConfigError(
+            f"resources: stages need {need:g} GPUs at once ({_told(wanted)}), Ray grows to "
+            f"{limit.get('GPU', 0.0):g}; lower <stage>.resources.gpus or add GPUs"
+        )
+
+
+def _told(wanted: Mapping[str, Resources]) -> str:
+    """``caption 2 x 0.5 GPU H100 8 GiB, filter …``: those that ask for more than CPUs."""
+    return ", ".join(
+        f"{name} {r.min_replicas} x {r.gpus:g} GPU"
+        + (f" {r.accelerator}" if r.accelerator else "")
+        + (f" {r.memory_gb:g} GiB" if r.memory_gb else "")
+        for name, r in wanted.items()
+        if r.gpus or r.accelerator or r.memory_gb
+    )
+
+
+class _Free:
+    """What is left of one node while replicas are placed on it."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._cpus, self._memory = node.get("CPU", 0.0), node.get("memory", 0.0)
+        self._gpus = [1.0] * int(node.get("GPU", 0.0))
+
+    def take(self, needs: Resources, scale: float) -> bool:
+        """Place one replica here, if it fits. A share comes from one GPU."""
+        cpus = _scaled(needs.cpus, scale)
+        kind = f"accelerator_type:{needs.accelerator}"
+        if self._cpus < cpus or self._memory < needs.memory_gb * _GIB:
+            return False
+        if needs.accelerator is not None and kind not in self._node:
+            return False
+        whole, share = divmod(needs.gpus, 1.0)
+        free = [at for at, left in enumerate(self._gpus) if left >= max(1.0 * (whole > 0), share)]
+        count = int(whole) or int(share > 0)
+        if len(free) < count:
+            return False
+        for at in free[:count]:
+            self._gpus[at] -= share or 1.0
+        self._cpus -= cpus
+        self._memory -= needs.memory_gb * _GIB
+        return True
+
+
+def _unplaced(wanted: Mapping[str, Resources], found: Sequence[Node], scale: float) -> str | None:
+    """The first stage of which a replica finds no place, the largest placed first."""
+    free = [_Free(node) for node in found]
+    order = sorted(wanted.items(), key=lambda item: (item[1].gpus, item[1].cpus), reverse=True)
+    for name, needs in order:
+        for _ in range(needs.min_replicas):
+            if not any(node.take(needs, scale) for node in free):
+                return name
+    return None

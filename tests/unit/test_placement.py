@@ -1,39 +1,89 @@
-"""How operators share a machine."""
+"""How stages share a cluster."""
 
 import pytest
+from pydantic import ValidationError
 
 from pipeline.config import EngineConfig
-from pipeline.dag import ShardTask
-from pipeline.engine.placement import check_training, fit
+from pipeline.engine.placement import check_training, share_out
 from stages.base import Resources
-from stages.caption import CaptionConfig
 from stages.errors import ConfigError
 
+GIB = 1 << 30
 
-def tasks(*needs: Resources) -> list[ShardTask]:
-    return [ShardTask("caption", 1, CaptionConfig(resources=need)) for need in needs]
+
+def stages(*needs: Resources) -> dict[str, Resources]:
+    return dict(zip(("caption", "filter", "embed"), needs, strict=False))
 
 
 def test_cpus_shrink_until_the_first_replicas_fit():
-    shares = fit(tasks(*[Resources(cpus=1)] * 3), {"CPU": 2.0})
-    assert sum(share.cpus * share.min_replicas for share in shares) <= 2.0
+    shares = share_out(stages(*[Resources(cpus=1)] * 3), [{"CPU": 2.0}]).values()
+    assert 1.5 < sum(share.cpus * share.min_replicas for share in shares) <= 2.0
     assert len({share.cpus for share in shares}) == 1
 
 
+def test_cpus_shrink_until_every_replica_finds_one_node():
+    # Three of 0.67 would fit two CPUs, but not two nodes of one CPU.
+    shares = share_out(stages(*[Resources(cpus=1)] * 3), [{"CPU": 1.0}] * 2)
+    assert shares["embed"].cpus <= 0.5
+    assert share_out(stages(Resources(cpus=4)), [{"CPU": 2.0}] * 2)["caption"].cpus <= 2.0
+
+
 def test_cpus_that_suffice_are_left_as_asked():
-    shares = fit(tasks(Resources(cpus=1), Resources(cpus=2, max_replicas=4)), {"CPU": 8.0})
-    assert [share.cpus for share in shares] == [1.0, 2.0]
-    assert [share.max_replicas for share in shares] == [1, 4]
+    shares = share_out(stages(Resources(cpus=1), Resources(cpus=2, max_replicas=4)), [{"CPU": 8}])
+    assert [share.cpus for share in shares.values()] == [1.0, 2.0]
+    assert [share.max_replicas for share in shares.values()] == [1, 4]
 
 
-def test_gpus_are_not_shrunk():
-    with pytest.raises(ConfigError, match=r"need 2 GPUs at once .* Ray has 1"):
-        fit(tasks(Resources(gpus=1), Resources(gpus=1)), {"CPU": 8.0, "GPU": 1.0})
+def test_stages_share_one_gpu_by_fractions():
+    needs = stages(Resources(gpus=0.5), Resources(gpus=0.25), Resources(gpus=0.25))
+    shares = share_out(needs, [{"CPU": 2.0, "GPU": 1.0}])
+    assert [share.gpus for share in shares.values()] == [0.5, 0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("needs", "nodes"),
+    [
+        (stages(Resources(gpus=1), Resources(gpus=1)), [{"CPU": 8.0, "GPU": 1.0}]),
+        (stages(Resources(gpus=0.6), Resources(gpus=0.6)), [{"CPU": 8.0, "GPU": 1.0}]),
+        (stages(*[Resources(gpus=0.6)] * 3), [{"CPU": 8.0, "GPU": 2.0}]),
+        (stages(Resources(gpus=2)), [{"CPU": 8.0, "GPU": 1.0}] * 2),
+        (stages(Resources(gpus=1)), [{"CPU": 8.0}, {"GPU": 1.0}]),
+        (stages(Resources(memory_gb=2)), [{"CPU": 8.0, "memory": 1.0 * GIB}] * 4),
+        (stages(Resources(accelerator="H100")), [{"CPU": 8.0, "accelerator_type:L4": 1.0}]),
+    ],
+)
+def test_gpus_and_memory_are_not_shrunk(needs, nodes):
+    with pytest.raises(ConfigError, match=r"\.resources: no place for caption .* Ray has"):
+        share_out(needs, nodes)
+
+
+def test_whole_gpus_memory_and_kind_find_their_node():
+    node = {"CPU": 2.0, "GPU": 2.0, "memory": 4.0 * GIB, "accelerator_type:H100": 1.0}
+    needs = Resources(gpus=2, memory_gb=4, accelerator="H100")
+    share = share_out(stages(needs), [{"CPU": 1.0}, node])["caption"]
+    assert (share.gpus, share.memory, share.accelerator) == (2, 4 * GIB, "H100")
+
+
+def test_a_share_of_more_than_one_gpu_is_refused():
+    with pytest.raises(ValidationError, match="a share of one GPU"):
+        Resources(gpus=1.5)
+
+
+def test_what_an_autoscaler_may_add_counts():
+    needs = stages(Resources(gpus=4, min_replicas=2))
+    assert share_out(needs, [{"CPU": 2.0}], {"CPU": 64, "GPU": 8})["caption"].cpus == 1.0
+    with pytest.raises(ConfigError, match=r"need 8 GPUs at once .* Ray grows to 4"):
+        share_out(needs, [{"CPU": 2.0}], {"CPU": 64, "GPU": 4})
 
 
 def test_no_cpus_at_all():
     with pytest.raises(ConfigError, match="Ray has no CPUs"):
-        fit(tasks(Resources()), {})
+        share_out(stages(Resources()), [])
+
+
+def test_no_more_replicas_than_shards():
+    share = share_out(stages(Resources(min_replicas=2, max_replicas=8)), [{"CPU": 8.0}])["caption"]
+    assert (share.of_at_most(1).min_replicas, share.of_at_most(5).max_replicas) == (1, 5)
 
 
 def test_a_worker_group_that_cannot_start_is_refused():

@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pyarrow as pa
@@ -324,3 +325,27 @@ def test_a_kill_while_a_record_is_written_leaves_none(tmp_path: Path) -> None:
         names = store.record_names()
         assert len(names) >= 10
         assert all(json.loads(store.read_bytes(name)) == {"n": 1} for name in names)
+
+
+def test_of_many_workers_one_fetches_the_weights(monkeypatch, tmp_path):
+    """`flock` holds between threads as between processes, each with its own open file."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    store = Store("memory://stampede")
+    for name in ("config.json", "model.safetensors"):
+        store.write_bytes(f"models/a/{name}", name.encode())
+    opened: list[str] = []
+    plain = type(store.fs).open
+
+    def slow(self, path, *arguments, **options):
+        opened.append(path)
+        time.sleep(0.05)
+        return plain(self, path, *arguments, **options)
+
+    monkeypatch.setattr(type(store.fs), "open", slow)
+    with ThreadPoolExecutor(8) as workers:
+        folders = set(
+            workers.map(lambda _: Store("memory://stampede").local_folder("models/a"), range(8))
+        )
+    assert len(opened) == 2
+    (folder,) = folders
+    assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]

@@ -1,0 +1,96 @@
+"""Stages on a cluster of several nodes with fake GPUs: sharing, joining, leaving."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.config import EngineConfig
+from pipeline.engine.cluster import connected
+from pipeline.store import Store
+from stages.base import Resources, ShardStage
+from tests.integration.test_engine import Fake, FakeTask, make_shards, run
+
+
+class Shared(Fake):
+    gpus: float = 0.0
+    replicas: int = 1
+    seconds: float = 0.0
+
+
+class SharedTask(FakeTask):
+    """The stand-ins of the engine's test, with GPUs, more replicas, and slower."""
+
+    def build(self, model: str | None) -> ShardStage:
+        config = self.config
+        made = super().build(model)
+
+        class Placed(type(made)):
+            resources = Resources(cpus=config.cpus, gpus=config.gpus, max_replicas=config.replicas)
+
+            def process(self, table):
+                time.sleep(config.seconds)
+                if config.marks:
+                    node = ray.get_runtime_context().get_node_id()
+                    Path(config.marks, node).touch()
+                return self.failed(table, "success", "")
+
+        return Placed(config)
+
+
+@pytest.fixture
+def cluster():
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "num_gpus": 1})
+    try:
+        yield made
+    finally:
+        made.shutdown()
+
+
+def marks(tmp_path):
+    folder = tmp_path / "marks"
+    folder.mkdir()
+    return folder
+
+
+def all_published(store, records):
+    names = store.record_names()
+    return all(name in names for shard in records.values() for name in shard.values())
+
+
+def test_stages_share_one_gpu_and_too_few_cpus(cluster, tmp_path):
+    store = Store(str(tmp_path / "run"))
+    shards = make_shards(store, [[f"s{n}"] for n in range(4)])
+    tasks = [
+        SharedTask("download", 1, Shared(replicas=8)),
+        SharedTask("caption", 1, Shared(gpus=0.5, replicas=4)),
+        SharedTask("embed", 1, Shared(gpus=0.5, replicas=4)),
+    ]
+    with connected(EngineConfig(address=cluster.address), tmp_path / "ray.log") as board:
+        assert all_published(store, run(store, shards, board, tasks))
+
+
+def test_nodes_that_join_are_used_and_nodes_that_leave_are_survived(cluster, tmp_path):
+    folder = marks(tmp_path)
+    store = Store(str(tmp_path / "run"))
+    shards = make_shards(store, [[f"s{n}"] for n in range(40)])
+    slow = Shared(cpus=0.5, gpus=1, replicas=2, seconds=1.0, marks=str(folder))
+    tasks = [SharedTask("download", 1, Shared(cpus=0.1)), SharedTask("caption", 1, slow)]
+
+    def join_and_leave() -> None:
+        node = cluster.add_node(num_cpus=1, num_gpus=1)
+        deadline = time.time() + 120
+        while len(list(folder.iterdir())) < 2 and time.time() < deadline:
+            time.sleep(0.1)
+        cluster.remove_node(node, allow_graceful=False)
+
+    with connected(EngineConfig(address=cluster.address), tmp_path / "ray.log") as board:
+        change = threading.Thread(target=join_and_leave)
+        change.start()
+        records = run(store, shards, board, tasks)
+        change.join()
+    assert len(list(folder.iterdir())) >= 2, "the node that joined had no work"
+    assert all_published(store, records)
