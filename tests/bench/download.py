@@ -30,7 +30,7 @@ from stages.schemas import SOURCES
 from tests.servers import WebServer, picture
 from tests.tables import filled
 
-_FAULTS = {
+FAULTS = {
     "/404": "http_4xx",
     "/410": "http_4xx",
     "/500": "http_5xx",
@@ -165,12 +165,12 @@ def run(images: int, faulty: int, rows: tuple[int, ...]) -> list[dict[str, Any]]
         seconds, counts = ours(good, address)
         with tempfile.TemporaryDirectory() as folder:
             theirs, successes = img2dataset(good, address, Path(folder))
-        faults = list(_FAULTS)
+        faults = list(FAULTS)
         paths = [
             faults[n // 2 % len(faults)] if n % 2 else f"/{n % _DISTINCT}.jpg"
             for n in range(faulty)
         ]
-        truth = Counter(_FAULTS.get(path, "success") for path in paths)
+        truth = Counter(FAULTS.get(path, "success") for path in paths)
         _, found = ours([f"http://web.test{path}" for path in paths], address)
     finally:
         pipe.send("end")

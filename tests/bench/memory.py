@@ -11,6 +11,11 @@ _PAGE_KB = 1024
 
 def tree_memory(root: int) -> int:
     """Bytes that the processes below ``root``, it included, hold now. Shared pages count once."""
+    return sum(map(_pss, tree(root)))
+
+
+def tree(root: int) -> list[int]:
+    """Process ids below ``root``, it included, as of now."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -18,12 +23,10 @@ def tree_memory(root: int) -> int:
         except OSError:
             continue  # it ended while we looked
         children.setdefault(int(after_name[1]), []).append(int(stat.parent.name))
-    pending, total = [root], 0
-    while pending:
-        pid = pending.pop()
-        pending += children.get(pid, [])
-        total += _pss(pid)
-    return total
+    found = [root]
+    for pid in found:
+        found += children.get(pid, [])
+    return found
 
 
 def shared_memory() -> int:
