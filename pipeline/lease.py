@@ -82,12 +82,21 @@ def terminable() -> Iterator[None]:
         yield
         return
 
+    asked = False
+
     def end(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        asked = True
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except KeyboardInterrupt as error:
+        # Ray, interrupted while it waits, raises a KeyboardInterrupt of its own.
+        if asked and not isinstance(error, Terminated):
+            raise Terminated from error
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -299,6 +299,18 @@ def test_the_highest_token_counts_not_the_last_name(tmp_path: Path) -> None:
         assert mine.token == 1_000_001
 
 
+def test_sigterm_is_told_from_ctrl_c_though_what_waits_does_not() -> None:
+    """As Ray's native code does."""
+    with pytest.raises(Terminated), terminable():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Terminated:
+            raise KeyboardInterrupt from None
+    with pytest.raises(KeyboardInterrupt) as caught, terminable():
+        signal.raise_signal(signal.SIGINT)
+    assert not isinstance(caught.value, Terminated)
+
+
 def test_sigterm_is_handled_as_before_afterwards() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated), terminable():
