@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config, operational
 
@@ -66,6 +66,11 @@ class DedupConfig(Config):
     """If a larger share of the web images, or of the human ones, shows evaluation pictures, the
     run stops: training data was given as an evaluation set."""
     search: SearchConfig = SearchConfig()
+
+    @field_validator("before_caption", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, value: object) -> object:
+        return "off" if value is False else value  # as YAML reads it without quotes
 
     @model_validator(mode="after")
     def _knows_a_distance(self) -> DedupConfig:

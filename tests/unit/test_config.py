@@ -59,6 +59,11 @@ def test_overrides_are_yaml_and_reach_into_lists(file: Path) -> None:
     assert config.run == "s3://bucket/a=b"
 
 
+def test_off_is_a_word_without_quotes(file: Path) -> None:
+    assert load(str(file), ["dedup.before_caption=off"]).dedup.before_caption == "off"
+    assert "before_caption" in problem(file, "dedup.before_caption=on")
+
+
 def test_an_override_fills_an_empty_section(file: Path) -> None:
     file.write_text(file.read_text() + "select:\n")
     assert load(str(file), ["select.threshold=0.25"]).select.threshold == 0.25
