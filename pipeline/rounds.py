@@ -168,7 +168,6 @@ class _Loop:
         for number in range(first, self._config.rounds.count + 1):
             raw = not course.models
             self._screen.begin_round(number, "raw pairs" if raw else "bootstrapping")
-            self._board.reset.remote()
             plan, gate = self._plan(course, number)
             while plan.sharing.copies is not None and plan.sharing.shared is None:
                 self._label(plan, BEFORE_COPIES)
@@ -201,6 +200,8 @@ class _Loop:
 
     def _label(self, plan: RoundPlan, stages: Sequence[str]) -> None:
         """The shard stages: download, and in a bootstrapping round embed, caption, filter."""
+        # What a pass before this one has counted, the records now tell.
+        self._board.reset.remote()
         self._link(plan)
         jobs = plan.jobs(self._store.record_names())
         for task in plan.shard_tasks:
