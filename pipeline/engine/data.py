@@ -210,7 +210,7 @@ def _operator(dataset: Any, task: ShardTask, share: Share, plan: Pass) -> Any:
     return dataset.map_batches(
         StageWorker,
         fn_constructor_args=(task, plan),
-        batch_size=None,
+        batch_size=1,  # a row; with GPUs Ray refuses None
         batch_format="pyarrow",
         zero_copy_batch=True,
         compute=ray.data.ActorPoolStrategy(

@@ -5,7 +5,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -55,19 +54,20 @@ def test_no_cluster_at_the_address(tmp_path):
 
 
 def test_something_else_listens_at_the_address(tmp_path):
-    started = time.monotonic()
     with listener() as address, pytest.raises(ConfigError, match="no Ray answers there within"):
         join(address, tmp_path)
-    assert time.monotonic() - started < cluster._CONNECT_SECONDS + cluster._ANSWER_SECONDS + 5
 
 
-@pytest.mark.parametrize(
-    ("address", "part"),
-    [("ray://127.0.0.1:10001", "submit the run with `ray job`"), ("no.invalid:6379", "nothing")],
-)
-def test_addresses_that_no_driver_can_join(tmp_path, address, part):
-    with pytest.raises(ConfigError, match=part):
-        join(address, tmp_path)
+def test_addresses_that_no_driver_can_join(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="submit the run with `ray job`"):
+        join("ray://127.0.0.1:10001", tmp_path)
+
+    def nowhere(*_):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", nowhere)
+    with pytest.raises(ConfigError, match=r"nothing answers there .*not known"):
+        join("head.test:6379", tmp_path)
 
 
 @pytest.mark.parametrize("which", ["ray", "python"])
@@ -102,10 +102,8 @@ def test_another_version_than_the_clusters(tmp_path, monkeypatch, which):
 def test_a_runtime_environment_that_cannot_be_built(tmp_path, monkeypatch):
     missing = {"runtime_env": {"working_dir": f"file://{tmp_path}/missing.zip"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(missing))
-    started = time.monotonic()
     with pytest.raises(ConfigError, match=r"runtime_env: Ray cannot start a worker"):
         join(None, tmp_path)
-    assert time.monotonic() - started < 60
     assert not ray.is_initialized()
 
 
