@@ -26,7 +26,7 @@ check: install  ## format, lint, types, import contract
 
 test: check  ## every check and every test
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/pytest tests/integration
+	$(BIN)/pytest -n 2 --dist loadfile tests/integration
 
 format: install
 	$(BIN)/ruff format .
@@ -38,8 +38,9 @@ bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.pretrain
 	$(BIN)/python -m tests.bench.capfilt
 
-chaos: install  ## a download whose workers are killed ten times
+chaos: install  ## a download whose workers are killed ten times; nodes that come and go
 	$(BIN)/python -m tests.bench.chaos
+	$(BIN)/pytest tests/chaos
 
 lock:  ## pin what is installed now
 	(head -1 requirements.lock; $(BIN)/pip freeze --all --exclude capfilt --exclude pip \
