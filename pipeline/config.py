@@ -10,10 +10,10 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from stages.assemble import AssembleConfig
 from stages.base import Config, operational
@@ -66,6 +66,9 @@ class EngineConfig(Config):
     """CPUs of a local Ray; None takes all."""
     object_store_gb: float = Field(1.0, gt=0)
     """Shared memory of a local Ray, GiB."""
+    grows_to: dict[Annotated[str, StringConstraints(pattern="^(CPU|GPU)$")], float] | None = None
+    """What an autoscaler may bring the cluster to, all nodes together, as ``{CPU: 96, GPU: 8}``.
+    Then stages are held against that; without it, against the nodes that are up."""
     train_workers: int = Field(1, ge=1)
     train_cpus: float = Field(1.0, gt=0)
     """CPUs of one training worker."""

@@ -216,6 +216,7 @@ class _Loop:
                 plan.shard_tasks,
                 lambda: plan.jobs(self._store.record_names()),
                 self._board,
+                self._config.engine.grows_to,
             )
         for name in stages:
             self._screen.end(name)

@@ -138,11 +138,13 @@ def run_shards(
     tasks: Sequence[ShardTask],
     plan: Callable[[], Sequence[ShardJob]],
     board: Any,
+    grows_to: Mapping[str, float] | None = None,
 ) -> None:
     """Bring every shard through every stage.
 
     Args:
         plan: what every shard still needs; asked again after each pass, since records decide.
+        grows_to: as `EngineConfig.grows_to`.
 
     Raises:
         UserError: a stage says that its config, weights or source cannot be used.
@@ -152,12 +154,12 @@ def run_shards(
     while jobs := [job for job in plan() if job.todo]:
         before = sum(len(job.todo) for job in jobs)
         ray.get(board.forget.remote())
-        failure = _one_pass(store, tasks, jobs, board)
+        failure = _one_pass(store, tasks, jobs, board, grows_to)
         suspects = _suspects(board)
         left = [job for job in plan() if job.todo]
         alone = [job for job in left if (job.todo[0], job.shard) in suspects]
         for job in alone:
-            run_alone(store, next(t for t in tasks if t.name == job.todo[0]), job)
+            run_alone(store, next(t for t in tasks if t.name == job.todo[0]), job, grows_to)
             record = store.read_record(job.records[job.todo[0]])
             board.measured.remote(metrics.of_record(store, record))
         progressed = alone or sum(len(job.todo) for job in left) < before
@@ -183,13 +185,17 @@ def _suspects(board: Any) -> set[tuple[str, str]]:
 
 
 def _one_pass(
-    store: Store, tasks: Sequence[ShardTask], jobs: Sequence[ShardJob], board: Any
+    store: Store,
+    tasks: Sequence[ShardTask],
+    jobs: Sequence[ShardJob],
+    board: Any,
+    grows_to: Mapping[str, float] | None,
 ) -> str | None:
     """Run one dataset over the shards. Returns what Ray says if it gave up, else None."""
     needed = {stage for job in jobs for stage in job.todo}
     active = [task for task in tasks if task.name in needed]
     plan = Pass(store, tuple(t.name for t in active), board, read_removed(store))
-    shares = fit({task.name: task.build(None).resources for task in active})
+    shares = fit({task.name: task.build(None).resources for task in active}, grows_to)
     dataset = ray.data.from_arrow([_pack(job, {}) for job in jobs])
     for task in active:
         shards_of = sum(task.name in job.todo for job in jobs)

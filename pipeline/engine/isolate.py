@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import pyarrow as pa
 import ray
@@ -38,7 +39,9 @@ def _rows_alone(task: ShardTask, store: Store, job: ShardJob, start: int, stop: 
     return check(output, stage.output_schema, f"{task.name} output")
 
 
-def run_alone(store: Store, task: ShardTask, job: ShardJob) -> None:
+def run_alone(
+    store: Store, task: ShardTask, job: ShardJob, grows_to: Mapping[str, float] | None = None
+) -> None:
     """Process and publish one shard, its unprocessable rows quarantined.
 
     The other rows are all there, in order: each half is a slice of the input. Its batches have
@@ -49,7 +52,7 @@ def run_alone(store: Store, task: ShardTask, job: ShardJob) -> None:
     """
     started = time.time()
     table = stage_input(task.name, shards.load_inputs(task.name, job, store, {}))
-    alone = _Alone(store, task, job, table)
+    alone = _Alone(store, task, job, table, grows_to)
     pieces = alone.halve(0, table.num_rows) if table.num_rows else []
     empty = alone.stage.output_schema.empty_table()
     shards.publish(task, job, pa.concat_tables([empty, *pieces]), store, started)
@@ -58,8 +61,16 @@ def run_alone(store: Store, task: ShardTask, job: ShardJob) -> None:
 class _Alone:
     """The halving of one shard, and how many times its process has failed."""
 
-    def __init__(self, store: Store, task: ShardTask, job: ShardJob, table: pa.Table) -> None:
+    def __init__(
+        self,
+        store: Store,
+        task: ShardTask,
+        job: ShardJob,
+        table: pa.Table,
+        grows_to: Mapping[str, float] | None,
+    ) -> None:
         self._store, self._task, self._job, self._table = store, task, job, table
+        self._grows_to = grows_to
         self.stage = task.build(None)
         self._failures = 0
 
@@ -67,7 +78,7 @@ class _Alone:
         """Output pieces for input rows ``start`` to ``stop``."""
         needs = self.stage.resources
         one = needs.model_copy(update={"min_replicas": 1})
-        share = fit({self._task.name: one})[self._task.name]
+        share = fit({self._task.name: one}, self._grows_to)[self._task.name]
         work = _rows_alone.options(
             num_cpus=share.cpus,
             num_gpus=share.gpus or None,

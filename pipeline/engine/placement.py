@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from math import floor
 
 import ray
-from ray._private.state import state
 
 from pipeline.config import EngineConfig, RunConfig
 from stages.base import Resources
@@ -47,21 +46,17 @@ def nodes() -> list[Node]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def grows_to() -> dict[str, float] | None:
-    """What an autoscaler may bring the cluster to; None where there is none."""
-    found = state.get_max_resources_from_cluster_config()
-    return None if found is None else {kind: float(count) for kind, count in found.items()}
-
-
 def check(config: RunConfig) -> None:
     """Refuse, before anything is done, what could never start.
 
     Raises:
         ConfigError: a stage or the worker group needs more than Ray has or may grow to.
     """
-    found, limit = nodes(), grows_to()
+    found, limit = nodes(), config.engine.grows_to
     total = {kind: sum(node.get(kind, 0.0) for node in found) for kind in ("CPU", "GPU")}
     check_training(config.engine, total if limit is None else limit)
+    if limit is None:
+        _check_workers_placed(config.engine, found)
     wanted = {name: getattr(config, name).resources for name in ("download", *_MODELS)}
     share_out(wanted, found, limit)
 
@@ -84,9 +79,22 @@ def check_training(config: EngineConfig, cluster: Mapping[str, float]) -> None:
             )
 
 
-def fit(wanted: Mapping[str, Resources]) -> dict[str, Share]:
+def _check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:
+    """Raises ConfigError where a training worker is larger than what is left of any node."""
+    worker = Resources(
+        cpus=config.train_cpus, gpus=config.train_gpus, min_replicas=config.train_workers
+    )
+    if _unplaced({"train": worker}, found, 1.0) is not None:
+        raise ConfigError(
+            f"engine.train_workers: {worker.min_replicas} workers of {worker.cpus:g} CPUs and "
+            f"{worker.gpus:g} GPUs do not fit on the {len(found)} nodes that Ray has; give smaller "
+            "workers or larger nodes"
+        )
+
+
+def fit(wanted: Mapping[str, Resources], limit: Node | None = None) -> dict[str, Share]:
     """`share_out` on the cluster as it is now."""
-    return share_out(wanted, nodes(), grows_to())
+    return share_out(wanted, nodes(), limit)
 
 
 def share_out(
@@ -188,7 +196,8 @@ class _Free:
         if needs.accelerator is not None and kind not in self._node:
             return False
         whole, share = divmod(needs.gpus, 1.0)
-        free = [at for at, left in enumerate(self._gpus) if left >= max(1.0 * (whole > 0), share)]
+        least = max(1.0 * (whole > 0), share) - _LEAST  # tenths of a GPU do not sum to one
+        free = [at for at, left in enumerate(self._gpus) if left >= least]
         count = int(whole) or int(share > 0)
         if len(free) < count:
             return False
@@ -200,9 +209,14 @@ class _Free:
 
 
 def _unplaced(wanted: Mapping[str, Resources], found: Sequence[Node], scale: float) -> str | None:
-    """The first stage of which a replica finds no place, the largest placed first."""
+    """The first stage of which a replica finds no place; those that ask for a kind of GPU are
+    placed first, then the largest."""
     free = [_Free(node) for node in found]
-    order = sorted(wanted.items(), key=lambda item: (item[1].gpus, item[1].cpus), reverse=True)
+
+    def size(item: tuple[str, Resources]) -> tuple[bool, float, float]:
+        return item[1].accelerator is not None, item[1].gpus, item[1].cpus
+
+    order = sorted(wanted.items(), key=size, reverse=True)
     for name, needs in order:
         for _ in range(needs.min_replicas):
             if not any(node.take(needs, scale) for node in free):

@@ -88,7 +88,9 @@ class Spread:
         self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
     ) -> list[R]:
         """`stages.base.Context.map`."""
-        files = self._share(reads) if len(machines()) > 1 else ()
+        # A head without CPUs counts: where one is, others may join while this goes on.
+        alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+        files = self._share(reads) if len(alive) > 1 else ()
         work = ray.put(function)
         call: Any = _call.options(scheduling_strategy="SPREAD")
         return list(ray.get([call.remote(work, item, self._store, files) for item in items]))

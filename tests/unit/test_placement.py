@@ -3,12 +3,19 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import EngineConfig
-from pipeline.engine.placement import check_training, share_out
+from pipeline.config import EngineConfig, parse
+from pipeline.engine import placement
+from pipeline.engine.placement import check, check_training, share_out
 from stages.base import Resources
 from stages.errors import ConfigError
 
 GIB = 1 << 30
+MINIMAL = {
+    "run": "runs/x",
+    "sources": [{"path": "web.parquet"}],
+    "human": [{"path": "human", "kind": "human"}],
+    "pretrain": {"tokenizer": "bert-base-uncased"},
+}
 
 
 def stages(*needs: Resources) -> dict[str, Resources]:
@@ -76,6 +83,18 @@ def test_what_an_autoscaler_may_add_counts():
         share_out(needs, [{"CPU": 2.0}], {"CPU": 64, "GPU": 4})
 
 
+def test_tenths_of_a_gpu_make_a_whole_one():
+    share_out(stages(Resources(gpus=0.1, cpus=0.1, min_replicas=10)), [{"CPU": 2.0, "GPU": 1.0}])
+
+
+def test_the_kind_of_gpu_that_only_one_stage_needs_is_left_to_it():
+    both = [
+        {"CPU": 1.0, "GPU": 1.0, "accelerator_type:H100": 1.0},
+        {"CPU": 1.0, "GPU": 1.0, "accelerator_type:A100": 1.0},
+    ]
+    share_out({"caption": Resources(gpus=1), "filter": Resources(gpus=1, accelerator="H100")}, both)
+
+
 def test_no_cpus_at_all():
     with pytest.raises(ConfigError, match="Ray has no CPUs"):
         share_out(stages(Resources()), [])
@@ -92,3 +111,16 @@ def test_a_worker_group_that_cannot_start_is_refused():
         check_training(EngineConfig(train_workers=2, train_cpus=2), {"CPU": 2.0})
     with pytest.raises(ConfigError, match=r"engine\.train_gpus"):
         check_training(EngineConfig(train_gpus=1), {"CPU": 2.0})
+
+
+def test_a_training_worker_is_no_larger_than_a_node(monkeypatch):
+    small = [{"CPU": 8.0, "GPU": 1.0}] * 4
+    monkeypatch.setattr(placement, "nodes", lambda: small)
+    check(parse({**MINIMAL, "engine": {"train_workers": 4, "train_gpus": 1}}, "x"))
+    with pytest.raises(ConfigError, match=r"2 workers of 1 CPUs and 2 GPUs do not fit on the 4"):
+        check(parse({**MINIMAL, "engine": {"train_workers": 2, "train_gpus": 2}}, "x"))
+    # What an autoscaler would bring cannot be looked at, only its sum.
+    grows = {"CPU": 64, "GPU": 8}
+    check(
+        parse({**MINIMAL, "engine": {"train_gpus": 2, "train_workers": 4, "grows_to": grows}}, "x")
+    )
