@@ -169,12 +169,13 @@ def acquire(store: Store, tell: Callable[[str], None], ttl: float) -> Lease:
         last = _ended(store, last, tell)
     mine = _own(1 if last is None else last.token + 1, ttl)
     name = lease_name(mine.token)
-    if store.create(name, _bytes(mine)):
-        # Read back, for stores that let two create one file.
-        there = _read(store, name)
-        if there.id == mine.id:
-            return mine
-    raise _refusal(store, _read(store, name))
+    store.create(name, _bytes(mine))
+    # What counts is what is there: the answer may have been lost on its way, so that a second try
+    # found the first one's file; and some stores let two create one file.
+    there = _read(store, name)
+    if there.id == mine.id:
+        return mine
+    raise _refusal(store, there)
 
 
 def _own(token: int, ttl: float) -> Lease:
@@ -293,7 +294,7 @@ class _Heart:
                 renewed = began
             except LeaseLostError as error:
                 self.lost = error
-            except StoreError as error:
+            except Exception as error:  # noqa: BLE001 - nothing may end the heartbeat unseen
                 # One who watches may take over a full time to live after the last heartbeat.
                 if time.monotonic() - renewed > self._lease.ttl - 2 * interval:
                     self.lost = LeaseLostError(f"cannot renew the lease: {error}")

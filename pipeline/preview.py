@@ -12,14 +12,7 @@ from pipeline.config import RunConfig
 from pipeline.course import Course, read_decision, shards_of_plan, without_round
 from pipeline.plan import RoundPlan
 from pipeline.sources import known_shards, new_files
-from pipeline.store import Record, Store
-
-
-class _Unwritten(Store):
-    """A run folder to look at only."""
-
-    def publish(self, record: Record) -> bool:
-        return False
+from pipeline.store import Store
 
 
 def preview(config: RunConfig, store: Store, world: str | None) -> Iterator[str]:
@@ -33,7 +26,7 @@ def preview(config: RunConfig, store: Store, world: str | None) -> Iterator[str]
     waiting = len(new_files(config, cut))
     known = known_shards(cut)
     yield f"{len(known)} shards are cut; {waiting} source files are new"
-    course = Course(config, _Unwritten(store.url), world)
+    course = Course(config, store, world)
     if config.first_round == 1 and course.released().record not in published:
         yield "released models: to be measured on the probes"
     for number in range(config.first_round, config.rounds.count + 1):

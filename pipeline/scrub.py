@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.engine.shard import count_by
+from pipeline.engine.spread import SPREAD
 from pipeline.lease import held
 from pipeline.ledger import LedgerStage
 from pipeline.runfolder import Published, Round, read_books, read_rounds, tables
@@ -202,7 +203,7 @@ def _sweep(store: Store) -> int:
     records = store.read_records(store.record_names())
     kept = {payload.path for record in records for payload in record.payloads}
     found = [path for path in store.files() if _unnamed(path, kept) or path == _REPORT]
-    for path in found:
+    for path in (*found, SPREAD):
         store.remove(path)
     for file in store.cache.rglob("*"):
         if _unnamed(file.relative_to(store.cache).as_posix(), kept):

@@ -159,7 +159,13 @@ class Store:
     def cache(self) -> Path:
         """Where this machine keeps copies of files from a remote store."""
         name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
-        return Path(tempfile.gettempdir()) / f"capfilt-{os.getuid()}" / name
+        ours = Path(tempfile.gettempdir()) / f"capfilt-{os.getuid()}"
+        ours.mkdir(mode=0o700, exist_ok=True)
+        state = ours.stat()
+        # Others may write to the folder above: what they put in our place is not to be loaded.
+        if state.st_uid != os.getuid() or state.st_mode & 0o022:
+            raise StoreError(f"{ours}: others can write to it; remove it, or set TMPDIR")
+        return ours / name
 
     def path(self, relative: str) -> str:
         """Full path of ``relative`` on the store's filesystem."""

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.report.safe import masked, masked_tree
 from pipeline.runfolder import write_output
 from pipeline.store import Record, Store
 from stages.errors import UserError
@@ -54,8 +55,8 @@ def trace(records: Iterable[Record], run: str) -> dict[str, Any]:
     began = datetime.fromtimestamp(origin, UTC).isoformat(timespec="milliseconds")
     return {
         "displayTimeUnit": "ms",
-        "otherData": {"run": run, "began": began},
-        "traceEvents": [*told, *events],
+        "otherData": {"run": masked(run), "began": began},
+        "traceEvents": masked_tree([*told, *events]),
     }
 
 

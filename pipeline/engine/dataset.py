@@ -39,7 +39,7 @@ class StageContext:
         self._stage = stage
         self._board = board
         self._checkpoints = checkpoints
-        self._spread = Spread(store)
+        self._spread = Spread(store, stage)
 
     def map(
         self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()

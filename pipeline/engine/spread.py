@@ -24,6 +24,9 @@ from pipeline.store import Store
 T = TypeVar("T")
 R = TypeVar("R")
 
+SPREAD = "scratch/spread"
+"""Folder of the store for what is shared while a stage runs."""
+
 _CLEANING = 30.0
 """Seconds after which a machine that does not answer keeps its copies."""
 
@@ -79,9 +82,9 @@ class SharedFile:
 class Spread:
     """What one stage maps; `close` when it has ended."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, stage: str) -> None:
         self._store = store
-        self._folder = f"scratch/spread/{uuid.uuid4().hex}"
+        self._folder = f"{SPREAD}/{stage}"
         self._shared: dict[Path, SharedFile] = {}
 
     def map(
@@ -98,6 +101,8 @@ class Spread:
     def _share(self, reads: Sequence[Path]) -> tuple[SharedFile, ...]:
         """All files of ``reads`` and of the folders among them; each is stored once."""
         found = []
+        if reads and not self._shared:
+            self._store.remove(self._folder)  # what a killed attempt has left
         for path in (file for place in reads for file in _files(place.resolve())):
             state = path.stat()
             mark = f"{state.st_size}-{state.st_mtime_ns}"

@@ -48,7 +48,7 @@ def test_work_runs_on_every_node_and_finds_its_files(tmp_path: Path, two_nodes: 
             time.sleep(0.05)
         return ray.get_runtime_context().get_node_id(), (scratch / "data").read_text()
 
-    spread = Spread(store)
+    spread = Spread(store, "dedup")
     found = spread.map(meet, [0, 1], [scratch])
     assert {node for node, _ in found} == set(machines())
     assert {text for _, text in found} == {"what was written"}
@@ -66,7 +66,7 @@ def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -
     vectors.write(rows, values.astype(np.float16))
     fresh, config = np.ones(3_000, dtype=np.bool_), SearchConfig(exhaustive_below=0, cells=40)
     found = []
-    spread = Spread(Store(str(tmp_path / "run")))
+    spread = Spread(Store(str(tmp_path / "run")), "dedup")
 
     class Spreading(LocalContext):
         def map(self, function, items, reads=()):  # type: ignore[no-untyped-def]
