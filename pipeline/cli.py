@@ -42,9 +42,10 @@ Exit code 0: went round, or nothing to do; 75: skipped, another driver is at wor
 _SKIPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 _FORGET = """\
-Take samples out of a run. No stage uses them from now on, rounds under way select anew without
-them, and later rounds keep to it. Models that have seen them are named. What finished rounds have
-written stays, unless --scrub takes the samples out of every image file, table and training shard.
+Take samples out of a run. No driver that starts after this uses them: unfinished rounds select anew
+without them, and later rounds keep to it. Models that have seen them are named. What finished rounds
+have written stays, unless --scrub takes the samples out of every image file, table and training
+shard.
 """
 
 
