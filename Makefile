@@ -24,7 +24,7 @@ check: install  ## format, lint, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: check  ## every check and every test
+test: check  ## every check, and all tests but the long ones of chaos
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
 	$(BIN)/pytest -n 2 --dist loadfile tests/integration
 
@@ -38,7 +38,7 @@ bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.pretrain
 	$(BIN)/python -m tests.bench.capfilt
 
-chaos: install  ## a download whose workers are killed ten times; nodes that come and go
+chaos: install  ## what takes long: workers killed ten times, nodes that come and go, firings
 	$(BIN)/python -m tests.bench.chaos
 	$(BIN)/pytest tests/chaos
 

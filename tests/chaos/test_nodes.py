@@ -7,7 +7,7 @@ from pipeline.config import EngineConfig
 from pipeline.engine.cluster import connected
 from pipeline.store import Store
 from tests.integration.test_engine import make_shards, run
-from tests.integration.test_placement_cluster import (  # noqa: F401
+from tests.chaos.test_sharing import (  # noqa: F401
     Shared,
     SharedTask,
     all_published,

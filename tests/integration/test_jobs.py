@@ -28,6 +28,17 @@ OVERRIDES = (
 )
 
 
+def until_jobs_are_taken(jobs: JobSubmissionClient) -> None:
+    """The dashboard answers before the agents are there that start jobs."""
+    while True:
+        try:
+            jobs.submit_job(entrypoint="true", submission_id="ready")
+            return
+        except RuntimeError as error:
+            assert "No available agent" in str(error)
+            time.sleep(0.5)
+
+
 @pytest.fixture(scope="module")
 def dashboard():
     cluster = Cluster(
@@ -42,7 +53,9 @@ def dashboard():
     try:
         for _ in range(2):
             cluster.add_node(num_cpus=1, num_gpus=1)
-        yield f"http://{cluster.webui_url}"
+        address = f"http://{cluster.webui_url}"
+        until_jobs_are_taken(JobSubmissionClient(address))
+        yield address
     finally:
         cluster.shutdown()
 

@@ -1,4 +1,4 @@
-"""Stages that share a cluster with a fake GPU. Nodes come and go in `tests/chaos`."""
+"""Stages that share a cluster with a fake GPU."""
 
 import time
 from pathlib import Path
