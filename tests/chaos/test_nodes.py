@@ -6,13 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pipeline.config import EngineConfig
 from pipeline.engine.cluster import connected
 from pipeline.store import Store
-from tests.integration.test_engine import make_shards, run
 from tests.chaos.test_sharing import (  # noqa: F401
     Shared,
     SharedTask,
     all_published,
     cluster,
 )
+from tests.integration.test_engine import make_shards, run
 
 
 def test_nodes_that_join_are_used_and_nodes_that_leave_are_survived(cluster, tmp_path):  # noqa: F811
