@@ -34,9 +34,12 @@ format: install
 
 bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.quickstart
-	$(BIN)/python -m tests.bench.dedup
+	$(BIN)/python -m tests.bench.table1 --threads 1
 	$(BIN)/python -m tests.bench.pretrain
 	$(BIN)/python -m tests.bench.capfilt
+	$(BIN)/python -m tests.bench.download
+	$(BIN)/python -m tests.bench.dedup
+	$(BIN)/python -m tests.bench.scale --gpus 4 8 --shards 200 --seconds 1
 
 chaos: install  ## what takes long: workers killed ten times, nodes that come and go, firings
 	$(BIN)/python -m tests.bench.chaos

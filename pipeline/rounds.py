@@ -87,7 +87,7 @@ def opened(config: RunConfig, screen: Screen) -> Iterator[tuple[RunConfig, Store
     unfenced.ensure()
     with (
         held(unfenced, screen.note) as store,
-        _sample_world(config, store) as (filled, world),
+        sample_world(config, store) as (filled, world),
     ):
         yield filled, store, world
 
@@ -107,7 +107,7 @@ def _log_file(store: Store) -> Path:
 
 
 @contextmanager
-def _sample_world(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, str | None]]:
+def sample_world(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, str | None]]:
     """The config with the sample world served and filled in, and the world's folder."""
     if config.world is None:
         yield config, None
@@ -122,7 +122,7 @@ def _sample_world(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, 
 
 @contextmanager
 def _world_at_hand(config: RunConfig, store: Store) -> Iterator[tuple[RunConfig, str | None]]:
-    """As `_sample_world`, but nothing is served, and a world that was not built yet is gone
+    """As `sample_world`, but nothing is served, and a world that was not built yet is gone
     again afterwards."""
     if config.world is None:
         yield config, None

@@ -24,7 +24,7 @@ from pipeline.dag import DatasetTask, Published, made_here, print_of
 from pipeline.engine.dataset import open_inputs, publish_folder
 from pipeline.engine.shard import build, load_inputs, payload, publish, run_stage
 from pipeline.plan import Model, RoundPlan, dataset_task, plan_round
-from pipeline.rounds import _sample_world
+from pipeline.rounds import sample_world
 from pipeline.sources import ingest
 from pipeline.store import Record, Store
 from stages.base import Config, Context, DatasetStage, LocalContext, ShardStage
@@ -146,7 +146,7 @@ def opened(file: str, overrides: Sequence[str]) -> Iterator[Seed]:
             raise ConfigError(f"{file}: {name}: is missing; table 1 is measured on a sample world")
     store = Store(config.run)
     store.ensure()
-    with _sample_world(config, store) as (filled, world):
+    with sample_world(config, store) as (filled, world):
         assert world is not None
         yield Seed(file, overrides, filled, store, Path(world))
 
