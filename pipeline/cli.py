@@ -43,9 +43,9 @@ _SKIPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 _FORGET = """\
 Take samples out of a run. No driver that starts after this uses them: unfinished rounds select anew
-without them, and later rounds keep to it. Models that have seen them are named. What finished rounds
-have written stays, unless --scrub takes the samples out of every image file, table and training
-shard.
+without them, and later rounds keep to it. Models that have seen them are named. What finished
+rounds have written stays, unless --scrub takes the samples out of every image file, table and
+training shard.
 """
 
 
