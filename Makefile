@@ -41,7 +41,7 @@ bench: install  ## every benchmark, at sizes for two cores
 	$(BIN)/python -m tests.bench.dedup
 	$(BIN)/python -m tests.bench.scale --gpus 4 8 --shards 200 --seconds 1
 
-chaos: install  ## what takes long: workers killed ten times, nodes that come and go, firings
+chaos: install  ## what takes long: workers killed ten times, jobs, nodes that come and go, firings
 	$(BIN)/python -m tests.bench.chaos
 	$(BIN)/pytest tests/chaos
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-_LONGEST = ("test_resume", "test_real_photos", "test_jobs", "test_engine")
+_LONGEST = ("test_resume", "test_real_photos", "test_engine_train", "test_engine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
