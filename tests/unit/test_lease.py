@@ -139,6 +139,16 @@ def test_of_many_drivers_one_gets_the_lease(store: Store) -> None:
     assert got == [5] and len(refused) == 7
 
 
+def test_an_answer_that_was_lost_refuses_nobody(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The create arrives, its answer does not; the second try finds the first one's file."""
+    create = store.create
+    monkeypatch.setattr(store, "create", lambda *told: create(*told) and create(*told))
+    with held(store, silent, TTL) as fenced:
+        assert fenced.token == 1
+
+
 def test_a_dead_holder_elsewhere_is_taken_over_after_its_time_to_live(store: Store) -> None:
     # Its clock is years ahead; nothing may depend on it.
     foreign(store, 1, since=time.time() + 1e8)

@@ -349,3 +349,14 @@ def test_of_many_workers_one_fetches_the_weights(monkeypatch, tmp_path):
     assert len(opened) == 2
     (folder,) = folders
     assert sorted(file.name for file in folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_cache_that_others_can_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cache = Store("s3://bucket/run").cache.parent
+    assert cache.stat().st_mode & 0o077 == 0
+    cache.chmod(0o777)
+    with pytest.raises(StoreError, match="others can write to it"):
+        _ = Store("s3://bucket/run").cache

@@ -93,6 +93,25 @@ def test_work_that_a_later_round_takes_over_is_shown_once() -> None:
     ]
 
 
+def test_secrets_in_the_address_of_a_source_are_masked() -> None:
+    file = "https://me:hunter2@host.test/web.parquet?X-Amz-Signature=abcdef0123"
+    ingest = Record(
+        stage="ingest",
+        stage_version=1,
+        round=None,
+        shard="file",
+        fingerprint="0f",
+        payloads=(),
+        code_version="0",
+        started=1.0,
+        finished=2.0,
+        details={"file": file},
+    )
+    told = json.dumps(trace([ingest], file))
+    assert "host.test/web.parquet" in told
+    assert "hunter2" not in told and "abcdef0123" not in told
+
+
 def test_a_run_without_records_has_no_trace(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing is published yet"):
         write_trace(Store(str(tmp_path)), tmp_path / "trace.json")
