@@ -10,7 +10,8 @@ from typing import Any
 
 import ray
 import ray.train
-from ray.train import FailureConfig, ScalingConfig
+from ray.exceptions import RayActorError
+from ray.train import ControllerError, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from pipeline.config import EngineConfig
@@ -58,8 +59,26 @@ def run_training(
     if not todo:
         return
     ray.get(board.forget.remote())
+    for starts_left in reversed(range(_RESTARTS + 1)):
+        try:
+            _fit(todo, store, config, board)
+            break
+        except ControllerError as error:
+            # Ray Train starts dead workers again, but not those that die while it is still
+            # speaking to them to start them: that ends the whole fit.
+            died = isinstance(error.controller_failure, RayActorError)
+            if not died or not starts_left:
+                raise translate(error, "training") from error
+        except Exception as error:
+            raise translate(error, "training") from error
+    final = _final_error(todo, board)
+    if final is not None:
+        raise final
+
+
+def _fit(todo: Sequence[DatasetTask], store: Store, config: EngineConfig, board: Any) -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = TorchTrainer(
+        TorchTrainer(
             _worker,
             train_loop_config={"store": store, "tasks": todo, "board": board},
             scaling_config=ScalingConfig(
@@ -74,14 +93,7 @@ def run_training(
                 storage_path=scratch,
                 failure_config=FailureConfig(max_failures=_RESTARTS),
             ),
-        )
-        try:
-            trainer.fit()
-        except Exception as error:
-            raise translate(error, "training") from error
-        final = _final_error(todo, board)
-        if final is not None:
-            raise final
+        ).fit()
 
 
 def _worker(config: dict[str, Any]) -> None:

@@ -4,8 +4,11 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import ray
+import ray.train
 
 from pipeline.config import EngineConfig
 from pipeline.dag import DatasetTask
@@ -38,6 +41,23 @@ class Doomed(DatasetStage):
 
 class Second(Doomed):
     name = "finetune_captioner"
+
+
+class Stillborn(Doomed):
+    """Its first worker dies while Ray Train hands it the training function."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if in_a_training_worker() and not list(self.marks.iterdir()):
+            (self.marks / "stillborn").touch()
+            os._exit(7)
+
+
+def in_a_training_worker() -> bool:
+    try:
+        return ray.train.get_context().get_world_size() > 0
+    except RuntimeError:
+        return False
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +95,10 @@ def test_what_is_published_is_not_trained_again_when_a_later_worker_dies(
     assert all(store.exists(task.record) for task in tasks)
     starts = [len(list((tmp_path / part / "marks").iterdir())) for part in ("1", "2")]
     assert starts == [1, 2]
+
+
+def test_a_worker_that_dies_while_it_is_started_is_started_again(tmp_path: Path, board) -> None:
+    task, store = task_of(tmp_path, "works", Stillborn), Store(str(tmp_path / "run"))
+    run_training(store, [task], CONFIG, board)
+    assert store.exists(task.record)
+    assert len(list((tmp_path / "marks").iterdir())) == 2
