@@ -81,7 +81,7 @@ class Course:
         # The embedder is frozen for the whole run, so that old and new embeddings compare.
         self.models = {**chosen, "embed": self.models.get("embed", self._embedder(plan))}
         if self._config.rounds.relabel == "new":
-            self._inherited = _labelled(plan)
+            self._inherited = labelled(plan)
 
     def _embedder(self, plan: RoundPlan) -> Model:
         if self._config.embed.model is not None:
@@ -141,11 +141,12 @@ def _trained(plan: RoundPlan, task: str, folder: str) -> Model:
     return Model(made_here(record, folder), print_of(record), plan.task("evaluate").record)
 
 
-def _labelled(plan: RoundPlan) -> dict[tuple[str, str], str]:
-    """(stage, shard) → fingerprint of the texts and scores that the round worked with."""
+def labelled(plan: RoundPlan) -> dict[tuple[str, str], str]:
+    """(stage, shard) → fingerprint of the texts and scores that the round worked with, and of what
+    its images shared."""
     return {
         (stage, job.shard): print_of(record)
         for job in plan.jobs(set())
         for stage, record in job.records.items()
-        if stage in ("caption", "filter")
+        if stage in ("caption", "filter", "shared")
     }

@@ -147,7 +147,8 @@ def plan_shards(
         shards: shard → (its kind, web or human; name of its source record).
         published: names of all records.
         inherited: (stage, shard) → fingerprint that the round takes over from an earlier one
-            as it is, whatever the weights are now (``rounds.relabel: new``).
+            as it is, whatever the weights are now (``rounds.relabel: new``), as long as the
+            shard's images share what they shared then.
         shared: shard → record of what its images share with others, where they do.
     """
     return [
@@ -169,16 +170,17 @@ def _plan_shard(
     if shared is not None:
         records["shared"] = shared
     prints = {name: print_of(record) for name, record in records.items()}
+    as_before = inherited.get(("shared", shard)) == prints.get("shared")
     todo = []
     for task in tasks:
         # Human pairs are trusted: they are fetched, never captioned, filtered or deduplicated.
         if kind == "human" and task.name != "download":
             continue
-        print_ = inherited.get((task.name, shard)) or task.fingerprint(
+        print_ = inherited.get((task.name, shard)) if as_before else None
+        prints[task.name] = print_ or task.fingerprint(
             prints[read] for read in SHARD_READS[task.name] if read in prints
         )
-        prints[task.name] = print_
-        records[task.name] = record_name(task.name, task.scope, shard, print_)
+        records[task.name] = record_name(task.name, task.scope, shard, prints[task.name])
         if records[task.name] not in published:
             todo.append(task.name)
     return ShardJob(shard, records, tuple(todo))

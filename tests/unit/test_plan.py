@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, parse
-from pipeline.dag import Published
-from pipeline.plan import Model, content_of, evaluation_sets, plan_round, probes
+from pipeline.course import labelled
+from pipeline.dag import Published, print_of
+from pipeline.plan import Model, Sharing, content_of, evaluation_sets, plan_round, probes
 from stages.errors import SourceError
 
 
@@ -143,3 +144,27 @@ def test_tombstones_change_what_is_selected_and_nothing_before(tmp_path: Path) -
         assert whole.task(later).fingerprint != without.task(later).fingerprint
     assert without.task("select").inputs["tombstones"] == Published(tombstones, "*.parquet")
     assert without.document("gate")["tombstones"] == list(tombstones)
+
+
+def test_labels_taken_over_give_way_where_images_share_something_else() -> None:
+    shards = {f"00000{n}": ("web", f"records/run/stage=sources/00000{n}-0{n}.json") for n in (1, 2)}
+    better = {stage: Model(f"better/{stage}", "11") for stage in MODELS} | {
+        "embed": MODELS["embed"]
+    }
+    shared = "records/run/stage=shared/000002-{}.json"
+
+    def prints(models: dict[str, Model], known: str | None, before: object) -> list[set[str]]:
+        sharing = Sharing(shared={"000002": known} if known else {})
+        plan = plan_round(config(), 2, shards, models, None, before, sharing=sharing)
+        return [
+            {print_of(job.records[s]) for s in ("caption", "filter")} for job in plan.jobs(set())
+        ]
+
+    first = Sharing(shared={"000002": shared.format("aa")})
+    inherited = labelled(plan_round(config(), 1, shards, MODELS, None, {}, sharing=first))
+    kept = prints(MODELS, shared.format("aa"), {})
+    assert prints(better, shared.format("aa"), {})[0].isdisjoint(kept[0])
+    assert prints(better, shared.format("aa"), inherited) == kept
+    for other in (shared.format("bb"), None):
+        alone, changed = prints(better, other, inherited)
+        assert alone == kept[0] and changed.isdisjoint(kept[1])
