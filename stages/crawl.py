@@ -52,9 +52,14 @@ class Crawler:
     def close(self) -> None:
         self._fetcher.close()
 
+    def release(self, fetched: Fetched) -> None:
+        """The caller is done with the body."""
+        self._fetcher.release(fetched)
+
     def fetch_all(self, urls: Mapping[str, str]) -> Iterator[tuple[str, Fetched]]:
         """(key, what became of its URL), each key once, in the order of arrival. What has not
-        come when ``shard_timeout`` is up is ``timeout``."""
+        come when ``shard_timeout`` is up is ``timeout``. Hand each result to `release`, or bodies
+        fill the memory that is set aside for them, and no more come."""
         shard = _Shard(self._config, self._fetcher, self._hosts)
         yield from shard.run(urls)
         # A host that was set aside is asked once more by the next shard: it may have come back.
@@ -89,7 +94,6 @@ class _Shard:
                 for key, fetched in itertools.chain(self._given_up(), self._finished()):
                     left.discard(key)
                     yield key, fetched
-                    self._fetcher.release(fetched)
         finally:
             # Threads that still wait for a server end at the deadline by themselves.
             pool.shutdown(wait=False, cancel_futures=True)

@@ -9,16 +9,20 @@ or a file does.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import pyarrow as pa
 
 from stages import media
 from stages.base import Resources, ShardStage, operational
 from stages.crawl import Crawler
-from stages.fetch import FetchConfig
+from stages.fetch import FetchConfig, Fetched
 from stages.keeper import ImageConfig, ImageKeeper, Outcome
 from stages.schemas import DOWNLOAD, SOURCES, check
 
@@ -53,9 +57,16 @@ RETRYABLE = frozenset({"dns", "refused", "timeout", "tls", "http_5xx", "broken_r
 """Statuses of rows that may come another day; so may http_4xx with one of TRY_AGAIN_CODES."""
 
 
+_Work: TypeAlias = tuple[list[str], Outcome | Callable[[], Outcome]]
+"""sample_ids of one image, and what became of it or how to find out."""
+
+
 class DownloadConfig(FetchConfig, ImageConfig):
     """What is fetched, and how images are kept."""
 
+    decode_threads: int = operational(2, ge=1, le=16)
+    """Threads that decode, hash and resize images, for each replica; up to 60 MB of memory each,
+    beside one large image that takes up to 375 MB."""
     resources: Resources = operational(
         Resources(cpus=1.0, gpus=0.0, min_replicas=1, max_replicas=64)
     )
@@ -98,7 +109,7 @@ class DownloadStage(ShardStage):
         return _table(rows, {row["sample_id"]: Outcome(status, detail) for row in rows})
 
     def _outcomes(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Outcome]]:
-        """(sample_id, outcome) of each row, in the order of arrival."""
+        """(sample_id, outcome) of each row, in any order."""
         of_media: dict[str, list[str]] = {}
         of_url: dict[str, str] = {}
         hashes = {row["sample_id"]: row["image_hash"] for row in rows if row["image_hash"]}
@@ -109,27 +120,69 @@ class DownloadStage(ShardStage):
                 of_media.setdefault(row["media"], []).append(row["sample_id"])
             else:
                 yield row["sample_id"], Outcome("invalid_url", "neither a URL nor an image file")
+        # Closed at once if anything fails: the crawl ends, and gives back what it holds.
+        with closing(self._work(of_media, of_url, hashes)) as work:
+            for samples, outcome in _in_threads(work, self.config.decode_threads):
+                yield from ((sample, outcome) for sample in samples)
+
+    def _work(
+        self,
+        of_media: Mapping[str, list[str]],
+        of_url: Mapping[str, str],
+        hashes: Mapping[str, str],
+    ) -> Generator[_Work]:
+        yield from self._read(of_media)
+        yield from self._fetched(of_url, hashes)
+
+    def _read(self, of_media: Mapping[str, list[str]]) -> Iterator[_Work]:
         for name, data in media.read_many(of_media, self.config.max_bytes):
             if isinstance(data, OSError):
-                outcome = Outcome("unreadable", str(data)[:300])
+                yield of_media[name], Outcome("unreadable", str(data)[:300])
             elif len(data) > self.config.max_bytes:
-                outcome = Outcome("too_large", f"more than {self.config.max_bytes} bytes")
+                problem = f"more than {self.config.max_bytes} bytes"
+                yield of_media[name], Outcome("too_large", problem)
             else:
-                outcome = self._keep(data)
-            yield from ((sample, outcome) for sample in of_media[name])
-        # Images are decoded here, one at a time, while the crawler's threads go on.
+                yield of_media[name], partial(self._keep, data)
+
+    def _fetched(self, of_url: Mapping[str, str], hashes: Mapping[str, str]) -> Iterator[_Work]:
         for sample, fetched in self._crawler.fetch_all(of_url):
             if fetched.status == "success":
-                outcome = self._judged(fetched.body, hashes.get(sample), fetched.content_type)
-                yield sample, replace(outcome, http_code=fetched.code)
+                yield [sample], partial(self._judged, fetched, hashes.get(sample))
             else:
-                yield sample, Outcome(fetched.status, fetched.detail, fetched.code)
+                self._crawler.release(fetched)
+                yield [sample], Outcome(fetched.status, fetched.detail, fetched.code)
 
-    def _judged(self, data: bytes, expected: str | None, content_type: str = "") -> Outcome:
-        """Of bytes that must have the hash ``expected``, where there is one."""
-        if expected is not None and (problem := _mismatch(data, expected)) is not None:
-            return Outcome("hash_mismatch", problem, sha256=hashlib.sha256(data).hexdigest())
-        return self._keep(data, content_type)
+    def _judged(self, fetched: Fetched, expected: str | None) -> Outcome:
+        """Of a body that must have the hash ``expected``, where there is one. Releases it."""
+        try:
+            if expected is not None and (problem := _mismatch(fetched.body, expected)) is not None:
+                sha256 = hashlib.sha256(fetched.body).hexdigest()
+                outcome = Outcome("hash_mismatch", problem, sha256=sha256)
+            else:
+                outcome = self._keep(fetched.body, fetched.content_type)
+            return replace(outcome, http_code=fetched.code)
+        finally:
+            self._crawler.release(fetched)
+
+
+def _in_threads(work: Iterable[_Work], threads: int) -> Iterator[tuple[list[str], Outcome]]:
+    """The outcomes of ``work``, which goes on meanwhile; what waits for a thread is bounded, and
+    is done even if nobody asks for it any more."""
+    waiting: deque[tuple[list[str], Future[Outcome]]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+        for samples, job in work:
+            if isinstance(job, Outcome):
+                yield samples, job
+                continue
+            waiting.append((samples, pool.submit(job)))
+            if len(waiting) > 2 * threads:
+                yield _result(waiting.popleft())
+        yield from map(_result, waiting)
+
+
+def _result(done: tuple[list[str], Future[Outcome]]) -> tuple[list[str], Outcome]:
+    samples, future = done
+    return samples, future.result()
 
 
 _HASHES = {32: "md5", 40: "sha1", 64: "sha256", 128: "sha512"}

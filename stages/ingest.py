@@ -46,7 +46,7 @@ _EXTENSIONS = {
     ".json": "json",
 }
 _TABLE_FORMATS = frozenset({"parquet", "csv", "tsv", "jsonl"})
-_BATCH_ROWS = 10_000
+_BATCH_ROWS = 2_000  # a row takes some kB of Python objects while it is made
 _CHUNK = 1 << 20
 
 
@@ -178,7 +178,7 @@ def _no_rows(path: str) -> SourceError:
 
 
 def read_rows(file: SourceFile, language: bool = False) -> Iterator[pa.Table]:
-    """SOURCES tables of at most 10,000 rows, ``repeat_of`` empty, in the file's order; with
+    """SOURCES tables of at most 2,000 rows, ``repeat_of`` empty, in the file's order; with
     ``language``, that of web texts is identified.
 
     Raises:

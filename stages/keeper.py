@@ -1,8 +1,8 @@
 """Encoded images in, checked and resized images out: upright, sRGB, without metadata.
 
 Images are decoded by `stages.models.images.decode` and handed to img2dataset's `Resizer` as plain
-pixels: its own decoder ignores EXIF orientation and colour profiles, spoils 16-bit samples, and
-takes truncated files for whole ones.
+pixels in place of a file: its own decoder ignores EXIF orientation and colour profiles, spoils
+16-bit samples, and takes truncated files for whole ones.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from stages.base import Config
@@ -24,9 +27,16 @@ from stages.base import Config
 if TYPE_CHECKING:
     from PIL import Image
 
+Pixels: TypeAlias = npt.NDArray[np.uint8]
+"""(height, width, 3)."""
+
 _PHASH_SIZE = 16  # 16 x 16 = 256 bits
 _LEAST_COVER = 256  # pixels: enough for the perceptual hash
 _LARGEST_PROFILE = 4 << 20
+_PICTURE = 256 << 20
+_ICON = b"\0\0\1\0"
+_LARGE = 4_000_000
+"""Pixels. Larger images are decoded one at a time, so that threads share a worker's memory."""
 
 
 class ImageConfig(Config):
@@ -96,7 +106,8 @@ class _Header(NamedTuple):
 
 
 class ImageKeeper:
-    """Encoded image bytes in, `Outcome` out: checked, decoded, hashed, resized, encoded again.
+    """Encoded image bytes in, `Outcome` out: checked, decoded, hashed, resized, encoded again. Any
+    number of threads may call it.
 
     The same bytes give the same outcome. Metadata is dropped; EXIF orientation is applied first,
     and colours with an ICC profile (RGB, grey or CMYK) are converted to sRGB.
@@ -104,12 +115,20 @@ class ImageKeeper:
 
     def __init__(self, config: ImageConfig) -> None:
         self._config = config
+        from PIL import Image
+
+        # Pillow takes memory in blocks of 16 MiB, which glibc would keep for each thread that had
+        # them; a large picture in one block is given back.
+        Image.core.set_block_size(_PICTURE)  # type: ignore[attr-defined]
+        self._alone = threading.RLock()
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters ends up in `detail`
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network
         from img2dataset import resizer
 
         # It would send the whole process's stdout and stderr to /dev/null during every resize, to
         # hide what OpenCV's decoders print; they are given plain pixels and print nothing.
         resizer.SuppressStdoutStderr = nullcontext
+        resizer.cv2 = _Cv2()
         self._resizer: Callable[[io.BytesIO], tuple[Any, ...]] = resizer.Resizer(
             image_size=config.image_size,
             resize_mode=config.resize_mode,
@@ -121,15 +140,20 @@ class ImageKeeper:
     def __call__(self, data: bytes, content_type: str = "") -> Outcome:
         sha256 = hashlib.sha256(data).hexdigest()
         try:
-            with warnings.catch_warnings():  # what Pillow thinks of a file ends up in `detail`
-                warnings.simplefilter("ignore")
-                header = _header(data, content_type)
-                outcome = header if isinstance(header, Outcome) else self._judged(data, header)
+            # Pillow decodes an icon when it opens it.
+            with self._alone if data.startswith(_ICON) else nullcontext():
+                outcome = self._outcome(data, content_type)
         except Exception as error:  # noqa: BLE001 - one row's decode: decoders raise anything
             outcome = Outcome(
                 "decode", f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
             )
         return replace(outcome, sha256=sha256)
+
+    def _outcome(self, data: bytes, content_type: str) -> Outcome:
+        if data.startswith(_ICON) and _icon_pixels(data) > self._config.max_pixels:
+            return Outcome("too_large", f"an icon of more than {self._config.max_pixels} pixels")
+        header = _header(data, content_type)
+        return header if isinstance(header, Outcome) else self._judged(data, header)
 
     def _judged(self, data: bytes, header: _Header) -> Outcome:
         """What is refused is not even decoded."""
@@ -144,13 +168,19 @@ class ImageKeeper:
             return Outcome("too_small", f"{size}, at least {self._config.min_image_size} a side")
         if max(width, height) > self._config.max_aspect_ratio * min(width, height):
             return Outcome("aspect", f"{size}, at most {self._config.max_aspect_ratio:g} to 1")
-        return self._kept(data, header)
+        # Of a large JPEG not much more than a quarter of the pixels is ever in memory.
+        most = 4 * _LARGE if self._drafted(header) else _LARGE
+        with self._alone if width * height * weight > most else nullcontext():
+            return self._kept(data, header)
+
+    def _drafted(self, header: _Header) -> bool:
+        """Whether it may be decoded at a fraction of its size that leaves the resizer enough."""
+        return header.format == "JPEG" and self._config.resize_mode != "no"
 
     def _kept(self, data: bytes, header: _Header) -> Outcome:
         from stages.models.images import decode
 
-        # A large JPEG is decoded at a fraction of its size that leaves the resizer enough to do.
-        drafted = header.format == "JPEG" and self._config.resize_mode != "no"
+        drafted = self._drafted(header)
         cover = max(_LEAST_COVER, 2 * self._config.image_size) if drafted else None
         profile = header.profile
         of_cmyk = None
@@ -163,15 +193,62 @@ class ImageKeeper:
             original = original[::-1] if header.swapped else original
         if profile is not None and of_cmyk is None:
             picture = to_srgb(picture, header.mode, profile)
-        phash, pixel_sha256 = perceptual_hash(picture), pixel_hash(picture)
-        pixels = io.BytesIO()
-        picture.save(pixels, "BMP")
+        phash, pixels = perceptual_hash(picture), np.asarray(picture)
         del picture
-        image, width, height, _, _, problem = self._resizer(pixels)
+        pixel_sha256 = pixel_hash(pixels)
+        image, width, height, _, _, problem = self._resized(pixels)
         if problem is not None or not image:
             return Outcome("decode", f"resizing: {problem}"[:300])
         size = (width, height, *original)
         return Outcome("success", None, None, None, phash, *size, image, pixel_sha256)
+
+    def _resized(self, pixels: Pixels) -> tuple[Any, ...]:
+        """What img2dataset's `Resizer` makes of RGB pixels."""
+        import cv2
+
+        _HANDED.pixels = cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR)
+        try:
+            return self._resizer(io.BytesIO(b"pixels"))
+        finally:
+            del _HANDED.pixels
+
+
+_HANDED = threading.local()
+"""``pixels``, BGR: what this thread's `Resizer` decodes its stream to."""
+
+
+class _Cv2:
+    """cv2 for img2dataset's `Resizer`, which takes nothing but encoded files: decoding gives the
+    pixels that this thread has handed over, if it has."""
+
+    def __getattr__(self, name: str) -> Any:
+        import cv2
+
+        return getattr(cv2, name)
+
+    @staticmethod
+    def imdecode(data: Pixels, flags: int) -> Any:
+        import cv2
+
+        handed = getattr(_HANDED, "pixels", None)
+        return cv2.imdecode(data, flags) if handed is None else handed
+
+
+def _icon_pixels(data: bytes) -> int:
+    """Pixels of the largest picture in an ICO file, by the pictures' own headers."""
+    count = int.from_bytes(data[4:6], "little")
+    most = 0
+    for entry in range(6, 6 + 16 * count, 16):
+        start = int.from_bytes(data[entry + 12 : entry + 16], "little")
+        if data[start : start + 4] == b"\x89PNG":
+            width, height = (int.from_bytes(data[start + at : start + at + 4]) for at in (16, 20))
+        else:  # a bitmap's height counts its mask as well
+            width, height = (
+                abs(int.from_bytes(data[start + at : start + at + 4], "little", signed=True))
+                for at in (4, 8)
+            )
+        most = max(most, width * height)
+    return most
 
 
 def _header(data: bytes, content_type: str) -> _Header | Outcome:
@@ -250,10 +327,11 @@ def _transform(profile: bytes, mode: str) -> tuple[Any, str]:
     return ImageCms.buildTransform(source, target, takes, "RGB"), takes
 
 
-def pixel_hash(picture: Image.Image) -> str:
-    """sha256 of size and pixels, in hex: equal for one picture in two lossless files."""
-    state = hashlib.sha256(repr((picture.mode, picture.size)).encode())
-    state.update(picture.tobytes())
+def pixel_hash(pixels: Pixels) -> str:
+    """sha256 of size and RGB pixels, in hex: equal for one picture in two lossless files."""
+    height, width, _ = pixels.shape
+    state = hashlib.sha256(repr(("RGB", (width, height))).encode())
+    state.update(np.ascontiguousarray(pixels).data)
     return state.hexdigest()
 
 

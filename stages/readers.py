@@ -36,7 +36,7 @@ URL_NAMES = ("url", "image_url", "img_url", "image_link", "photo_url", "uri")
 TEXT_NAMES = ("text", "caption", "alt_text", "alt", "captions", "title", "description")
 
 _LOOK_AHEAD = 100  # rows of a JSONL or text file that decide what it holds
-_BATCH_ROWS = 10_000
+_BATCH_ROWS = 2_000
 _CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
 _LONGEST_FIELD = 16 * 1024 * 1024
 

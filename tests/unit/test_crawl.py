@@ -114,6 +114,7 @@ def test_large_bodies_share_a_bounded_memory(web: WebServer) -> None:
     for _, fetched in crawler.fetch_all({path: web.url(path) for path in paths}):
         assert fetched.status == "success", fetched.detail
         at_once.append(crawler._fetcher._memory._left)
+        crawler.release(fetched)
     assert min(at_once) >= 0
     deadline = time.monotonic() + 5
     while crawler._fetcher._memory._left < 12 << 20 and time.monotonic() < deadline:

@@ -116,6 +116,17 @@ def test_an_image_and_its_columns(web: WebServer) -> None:
     assert (kept.format, kept.size) == ("JPEG", (64, 32))
 
 
+def test_threads_that_decode_change_nothing(web: WebServer) -> None:
+    files = [picture(40 + n, 30 + n, seed=n) for n in range(24)] + [b"", picture()[:300]]
+    urls = [web.serve(f"/threads-{n}.jpg", data) for n, data in enumerate(files)]
+    table = sources(*({"url": url} for url in urls))
+    one, many = (run(stage(web, decode_threads=count), table) for count in (1, 5))
+    assert one == many
+    statuses = [row["status"] for row in one]
+    assert statuses == ["success"] * 24 + ["not_an_image", "decode"]
+    assert len({row["pixel_sha256"] for row in one}) == 25  # None where there are no pixels
+
+
 def test_one_fetch_and_one_image_for_each_sample(web: WebServer) -> None:
     url = web.serve("/shared.jpg", picture(seed=3))
     before = web.hits["/shared.jpg"]

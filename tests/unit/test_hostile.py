@@ -138,10 +138,32 @@ def test_bombs(keeper: ImageKeeper, name: str) -> None:
     assert keeper(make()).status in statuses
 
 
+@pytest.mark.parametrize("inside", ["PNG", "BMP"])
+def test_an_icon_is_not_decoded_before_it_is_known_to_be_small(
+    keeper: ImageKeeper, inside: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = io.BytesIO()
+    options = {"sizes": [(64, 64)], "bitmap_format": inside.lower()}
+    Image.new("RGBA", (64, 64)).save(out, "ICO", **options)
+    assert keeper(out.getvalue()).status == "success"
+    small = ImageKeeper(DownloadConfig(max_pixels=64 * 64 - 1))
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("it was opened"))
+    # A bitmap's header tells of twice the height: its mask follows.
+    assert small(out.getvalue()).status == "too_large"
+
+
+@pytest.mark.parametrize("length", range(0, 40, 3))
+def test_icons_that_end_early(keeper: ImageKeeper, length: int) -> None:
+    data = (b"\0\0\1\0\xff\xff" + b"\xff" * 60)[:length]
+    assert keeper(data).status in {"not_an_image", "decode", "too_large"}
+
+
 def test_a_worker_stays_below_a_gibibyte() -> None:
-    """The largest pictures that are allowed, in the modes that take most memory to decode."""
+    """The largest pictures that are allowed, in the modes that take most memory to decode, from
+    several threads at once."""
     code = """
-import io, numpy as np
+import io
+from concurrent.futures import ThreadPoolExecutor
 from PIL import Image
 from stages.download import DownloadConfig
 from stages.keeper import ImageKeeper
@@ -150,10 +172,10 @@ def encoded(image, format):
 keeper = ImageKeeper(DownloadConfig())
 side = 4990
 cases = [("RGBA", side, "PNG"), ("CMYK", side, "TIFF"), ("LA", side, "PNG"), ("I;16", 2490, "PNG")]
-data = []
-for mode, side, kind in cases:
-    outcome = keeper(encoded(Image.new(mode, (side, side)), kind))
-    assert outcome.status == "success", (mode, outcome)
+files = [encoded(Image.new(mode, (side, side)), kind) for mode, side, kind in cases]
+with ThreadPoolExecutor(4) as pool:
+    for outcome in pool.map(keeper, files):
+        assert outcome.status == "success", outcome
 line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
 print(int(line.split()[1]) // 1024)
 """
