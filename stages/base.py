@@ -109,11 +109,15 @@ class Context(Protocol):
     world_size: int
 
     def map(
-        self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        reads: Sequence[Path] = (),
+        gpus: float = 0.0,
     ) -> list[R]:
         """``[function(item) for item in items]``, in order, perhaps in parallel, on any machine.
         ``reads``: files that the stage wrote, or folders of such, which ``function`` reads where
-        they lie; nobody may write them meanwhile."""
+        they lie; nobody may write them meanwhile. ``gpus``: what each call needs of a GPU."""
         ...
 
     def progress(self, message: str, done: int, total: int) -> None:
@@ -140,7 +144,11 @@ class LocalContext:
         self._checkpoints = checkpoints
 
     def map(
-        self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        reads: Sequence[Path] = (),
+        gpus: float = 0.0,
     ) -> list[R]:
         return [function(item) for item in items]
 

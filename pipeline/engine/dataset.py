@@ -17,7 +17,8 @@ from pipeline.dag import DatasetTask, Published
 from pipeline.engine import metrics
 from pipeline.engine.shard import open_model
 from pipeline.engine.spread import Spread
-from pipeline.store import Record, Store
+from pipeline.records import Record
+from pipeline.store import Store
 from pipeline.version import code_version
 from stages.errors import CapfiltError, RunError
 
@@ -42,9 +43,13 @@ class StageContext:
         self._spread = Spread(store, stage)
 
     def map(
-        self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        reads: Sequence[Path] = (),
+        gpus: float = 0.0,
     ) -> list[R]:
-        return self._spread.map(function, items, reads)
+        return self._spread.map(function, items, reads, gpus)
 
     def close(self) -> None:
         """The stage has ended: nothing that it mapped is read any more."""

@@ -55,6 +55,7 @@ def check(config: RunConfig) -> None:
     found, limit = nodes(), config.engine.grows_to
     total = {kind: sum(node.get(kind, 0.0) for node in found) for kind in ("CPU", "GPU")}
     check_training(config.engine, total if limit is None else limit)
+    _check_search(config.dedup.search.gpus, found, limit)
     if limit is None:
         _check_workers_placed(config.engine, found)
     wanted = {name: getattr(config, name).resources for name in ("download", *_MODELS)}
@@ -77,6 +78,16 @@ def check_training(config: EngineConfig, cluster: Mapping[str, float]) -> None:
                 f"engine.train_{kind.lower()}s: {config.train_workers} workers need {needed:g} "
                 f"{kind}s, Ray has {found:g}; lower engine.train_{kind.lower()}s or add {kind}s"
             )
+
+
+def _check_search(gpus: float, found: Sequence[Node], limit: Node | None) -> None:
+    """Raises ConfigError where a part of dedup's search, which takes a CPU too, has no place."""
+    part = {"dedup": Resources(cpus=1.0, gpus=gpus)}
+    if gpus and _unplaced(part, found if limit is None else [limit], 1.0) is not None:
+        raise ConfigError(
+            f"dedup.search.gpus: each part of the search needs a CPU and {gpus:g} GPUs of one "
+            "node, and Ray has no such node; give 0 to search on CPUs, or add GPUs"
+        )
 
 
 def _check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:

@@ -88,14 +88,18 @@ class Spread:
         self._shared: dict[Path, SharedFile] = {}
 
     def map(
-        self, function: Callable[[T], R], items: Sequence[T], reads: Sequence[Path] = ()
+        self,
+        function: Callable[[T], R],
+        items: Sequence[T],
+        reads: Sequence[Path] = (),
+        gpus: float = 0.0,
     ) -> list[R]:
         """`stages.base.Context.map`."""
         # A head without CPUs counts: where one is, others may join while this goes on.
         alive = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         files = self._share(reads) if len(alive) > 1 else ()
         work = ray.put(function)
-        call: Any = _call.options(scheduling_strategy="SPREAD")
+        call: Any = _call.options(scheduling_strategy="SPREAD", num_gpus=gpus or None)
         return list(ray.get([call.remote(work, item, self._store, files) for item in items]))
 
     def _share(self, reads: Sequence[Path]) -> tuple[SharedFile, ...]:

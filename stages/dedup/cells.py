@@ -70,12 +70,12 @@ class Cells:
         """Positions of its members and of all images near one of its borders."""
         return self._list("touching", cell)
 
-    def near(self, left: Rows, right: Rows) -> tuple[Rows, Rows]:
+    def near(self, left: Rows, right: Rows, device: str) -> tuple[Rows, Rows]:
         """Indices into ``left`` and ``right`` (positions) of pairs that may be close."""
         import torch
 
         projected = np.load(self.folder / "projected.npy", mmap_mode="r")
-        a, b = (torch.from_numpy(projected[side]) for side in (left, right))
+        a, b = (torch.from_numpy(projected[side]).to(device) for side in (left, right))
         # One product gives a·b - |a|²/2 - |b|²/2 = -|a - b|²/2.
         halves = [(side * side).sum(dim=1, keepdim=True) / -2 for side in (a, b)]
         ones = [torch.ones_like(half) for half in halves]
@@ -83,7 +83,7 @@ class Cells:
         b = torch.cat([b, ones[1], halves[1]], dim=1)
         floor = -(self._distance**2) / 2 - _SLACK
         i, j = ((a @ b.T) >= floor).nonzero(as_tuple=True)
-        return i.numpy(), j.numpy()
+        return i.cpu().numpy(), j.cpu().numpy()
 
     def assign(self, reach: float, ctx: Context) -> float:
         """Find every cell's members and what touches it within ``reach`` of what would be safe.

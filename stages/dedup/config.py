@@ -26,6 +26,14 @@ class SearchConfig(Config):
     """Of the close pairs of a sample of images, at least this share must be found."""
     sample: int = Field(2_000, ge=1)
     """Images that are compared with all others to measure the recall."""
+    gpus: float = operational(0.0, ge=0, le=1)
+    """GPU, or share of one, that each part of a search is given; 0: it runs on CPUs. What a GPU
+    finds is looked at again on a CPU, so the outcome is the same."""
+
+    @property
+    def device(self) -> str:
+        """Of the search's matrix products."""
+        return "cuda" if self.gpus else "cpu"
 
 
 class SharingConfig(Config):

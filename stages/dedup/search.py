@@ -36,6 +36,7 @@ _TASKS = 64
 """Parts of a search that run side by side, at most."""
 _FEW = 8
 """So few are done before workers for them have started."""
+_SLACK = 1e-5
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def close_pairs(
     new, old = rows[fresh[rows]], rows[~fresh[rows]]
     seen = np.zeros(vectors.rows, dtype=np.bool_) if watch is None else watch
     if len(rows) <= config.exhaustive_below:
-        ties = every_pair(vectors, new, old, cosine, ctx, seen)
+        ties = every_pair(vectors, new, old, cosine, ctx, seen, config.gpus)
         return ties, Measured(len(rows), sampled=len(new), sampled_pairs=ties.pairs)
     if not len(new):
         return Ties.none(), Measured(len(rows))
@@ -88,10 +89,18 @@ def close_pairs(
 
 
 def every_pair(
-    vectors: Vectors, new: Rows, old: Rows, cosine: float, ctx: Context, watch: Mask
+    vectors: Vectors,
+    new: Rows,
+    old: Rows,
+    cosine: float,
+    ctx: Context,
+    watch: Mask,
+    gpus: float = 0.0,
 ) -> Ties:
     """Ties among ``new`` and between ``new`` and ``old``, one tile against one other at a time."""
     ordered = np.concatenate([new, old])
+
+    device = "cuda" if gpus else "cpu"
 
     def across(start: int) -> Ties:
         found = []
@@ -99,13 +108,19 @@ def every_pair(
         a = vectors.read(left)
         for other in range(start, len(ordered), _BLOCK):
             right = ordered[other : other + _BLOCK]
-            i, j, cosines = above(a, vectors.read(right), cosine)
+            # A GPU rounds otherwise: what is near the threshold there is looked at here.
+            floor = cosine - _SLACK if gpus else cosine
+            i, j, cosines = above(a, vectors.read(right), floor, device)
             once = start + i < other + j
-            found.append(Ties.of(left[i[once]], right[j[once]], cosines[once], watch))
+            pairs = left[i[once]], right[j[once]]
+            if gpus:
+                found.append(verified(vectors, *pairs, cosine, watch))
+            else:
+                found.append(Ties.of(*pairs, cosines[once], watch))
         return gathered(found)
 
     starts = range(0, len(new), _BLOCK)
-    return gathered(spread(ctx, "comparing images", across, starts, [vectors.file]))
+    return gathered(spread(ctx, "comparing images", across, starts, [vectors.file], gpus))
 
 
 def _by_cells(
@@ -126,11 +141,11 @@ def _by_cells(
     sample[chosen] = True
     ctx.progress("parting images into cells", 0, len(rows))
     cells = part(vectors, rows, cosine, config.cells, scratch)
-    truth = _sampled(cells, np.sort(chosen), fresh, ctx, scratch)
+    truth = _sampled(cells, np.sort(chosen), fresh, ctx, config)
     reach = min(config.reach, config.max_reach)
     while True:
         probes = cells.assign(reach, ctx)
-        ties = _within_cells(cells, fresh, sample | watch, ctx)
+        ties = _within_cells(cells, fresh, sample | watch, ctx, config)
         found = ties.incident(sample)
         right = len(np.intersect1d(found, truth, assume_unique=True))
         measured = Measured(
@@ -155,7 +170,7 @@ def _by_cells(
         reach = min(1.5 * reach, config.max_reach)
 
 
-def _sampled(cells: Cells, chosen: Rows, fresh: Mask, ctx: Context, scratch: Path) -> Rows:
+def _sampled(cells: Cells, chosen: Rows, fresh: Mask, ctx: Context, config: SearchConfig) -> Rows:
     """Keys (`Ties.incident`) of all close pairs of the chosen rows, compared with every row."""
     watch = np.zeros(cells.vectors.rows, dtype=np.bool_)
     watch[chosen] = True
@@ -166,7 +181,7 @@ def _sampled(cells: Cells, chosen: Rows, fresh: Mask, ctx: Context, scratch: Pat
         rows = cells.rows[every]
         found = []
         for first in range(0, len(at), _BLOCK):
-            i, j = cells.near(at[first : first + _BLOCK], every)
+            i, j = cells.near(at[first : first + _BLOCK], every, config.device)
             left = chosen[first + i]
             apart = left != rows[j]
             left, right = left[apart], rows[j[apart]]
@@ -174,11 +189,15 @@ def _sampled(cells: Cells, chosen: Rows, fresh: Mask, ctx: Context, scratch: Pat
         return gathered(found)
 
     starts = range(0, count, 16 * _BLOCK)
-    found = spread(ctx, "searching a sample exhaustively", against, starts, cells.files)
+    found = spread(
+        ctx, "searching a sample exhaustively", against, starts, cells.files, config.gpus
+    )
     return gathered(found).incident(watch)
 
 
-def _within_cells(cells: Cells, fresh: Mask, watch: Mask, ctx: Context) -> Ties:
+def _within_cells(
+    cells: Cells, fresh: Mask, watch: Mask, ctx: Context, config: SearchConfig
+) -> Ties:
     def join(numbers: range) -> Ties:
         found, rows = [], cells.rows
         for number in numbers:
@@ -187,7 +206,7 @@ def _within_cells(cells: Cells, fresh: Mask, watch: Mask, ctx: Context) -> Ties:
             for queries, others in ((near[new], members), (near[~new], late)):
                 for start in range(0, len(queries), _BLOCK):
                     part_ = queries[start : start + _BLOCK]
-                    i, j = cells.near(part_, others)
+                    i, j = cells.near(part_, others, config.device)
                     left, right = rows[part_[i]], rows[others[j]]
                     apart = left != right
                     found.append(
@@ -197,7 +216,7 @@ def _within_cells(cells: Cells, fresh: Mask, watch: Mask, ctx: Context) -> Ties:
 
     step = -(-cells.count // _TASKS)
     parts = [range(n, min(n + step, cells.count)) for n in range(0, cells.count, step)]
-    return gathered(spread(ctx, "comparing images", join, parts, cells.files))
+    return gathered(spread(ctx, "comparing images", join, parts, cells.files, config.gpus))
 
 
 def spread(
@@ -206,10 +225,11 @@ def spread(
     work: Callable[[T], Ties],
     parts: Sequence[T],
     reads: Sequence[Path],
+    gpus: float,
 ) -> list[Ties]:
     """``work`` on every part, side by side where the engine can; it ``reads`` these files."""
     ctx.progress(message, 0, len(parts))
-    few = len(parts) <= _FEW
-    done = [work(item) for item in parts] if few else ctx.map(work, list(parts), reads)
+    few = len(parts) <= _FEW and not gpus
+    done = [work(item) for item in parts] if few else ctx.map(work, list(parts), reads, gpus)
     ctx.progress(message, len(parts), len(parts))
     return done

@@ -106,14 +106,16 @@ def gathered(parts: Sequence[Ties]) -> Ties:
     )
 
 
-def above(left: Matrix, right: Matrix, floor: float) -> tuple[Rows, Rows, npt.NDArray[np.float32]]:
+def above(
+    left: Matrix, right: Matrix, floor: float, device: str = "cpu"
+) -> tuple[Rows, Rows, npt.NDArray[np.float32]]:
     """Where the products of two sets of vectors reach ``floor``, and the products there."""
     import torch
 
-    products = torch.from_numpy(left) @ torch.from_numpy(right).T
+    products = torch.from_numpy(left).to(device) @ torch.from_numpy(right).to(device).T
     hits = (products >= floor - _TOLERANCE).nonzero(as_tuple=True)
-    i, j = (hit.numpy() for hit in hits)
-    return i, j, products[hits].numpy()
+    i, j = (hit.cpu().numpy() for hit in hits)
+    return i, j, products[hits].cpu().numpy()
 
 
 def verified(vectors: Vectors, left: Rows, right: Rows, cosine: float, watch: Mask) -> Ties:

@@ -25,7 +25,7 @@ def two_nodes() -> Iterator[None]:
     node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)  # type: ignore[no-untyped-call]
     try:
-        cluster.add_node(num_cpus=1, object_store_memory=80 << 20)  # type: ignore[no-untyped-call]
+        cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20)  # type: ignore[no-untyped-call]
         ray.init(address=cluster.address, log_to_driver=False)
         yield
     finally:
@@ -57,6 +57,16 @@ def test_work_runs_on_every_node_and_finds_its_files(tmp_path: Path, two_nodes: 
     assert not [p for p in store.files() if p.startswith("scratch/spread/")]
 
 
+def test_work_gets_the_share_of_a_gpu_that_it_asks_for(tmp_path: Path, two_nodes: None) -> None:
+    spread = Spread(Store(str(tmp_path / "run")), "dedup")
+
+    def lent(_: int) -> list[str]:
+        return [str(gpu) for gpu in ray.get_gpu_ids()]
+
+    assert spread.map(lent, [0, 1]) == [[], []]
+    assert spread.map(lent, [0, 1], gpus=0.5) == [["0"], ["0"]]
+
+
 def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -> None:
     rng = np.random.default_rng(0)
     vectors = Vectors(tmp_path / "vectors.f16", 3_000, 32)
@@ -69,8 +79,8 @@ def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -
     spread = Spread(Store(str(tmp_path / "run")), "dedup")
 
     class Spreading(LocalContext):
-        def map(self, function, items, reads=()):  # type: ignore[no-untyped-def]
-            return spread.map(function, items, reads)
+        def map(self, function, items, reads=(), gpus=0.0):  # type: ignore[no-untyped-def]
+            return spread.map(function, items, reads, gpus)
 
     for context in (LocalContext(), Spreading()):
         scratch = tmp_path / type(context).__name__

@@ -383,7 +383,7 @@ class Threads(LocalContext):
         super().__init__()
         self._count = count
 
-    def map(self, function: Any, items: Any, reads: Any = ()) -> Any:
+    def map(self, function: Any, items: Any, reads: Any = (), gpus: float = 0.0) -> Any:
         assert all(Path(file).is_file() for file in reads)
         with ThreadPoolExecutor(self._count) as pool:
             return list(pool.map(function, items))

@@ -105,6 +105,16 @@ def test_no_more_replicas_than_shards():
     assert (share.of_at_most(1).min_replicas, share.of_at_most(5).max_replicas) == (1, 5)
 
 
+def test_a_search_on_gpus_wants_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse(MINIMAL | {"dedup": {"search": {"gpus": 0.5}}}, "test")
+    monkeypatch.setattr(placement, "nodes", lambda: [{"CPU": 8.0, "GPU": 1.0}])
+    check(config)
+    for nodes in ([{"CPU": 8.0}], [{"CPU": 8.0}, {"CPU": 0.0, "GPU": 8.0}]):
+        monkeypatch.setattr(placement, "nodes", lambda nodes=nodes: nodes)
+        with pytest.raises(ConfigError, match=r"dedup\.search\.gpus: .* a CPU and 0\.5 GPUs"):
+            check(config)
+
+
 def test_a_worker_group_that_cannot_start_is_refused():
     check_training(EngineConfig(train_workers=2, train_cpus=1), {"CPU": 2.0})
     with pytest.raises(ConfigError, match=r"engine.train_cpus: 2 workers need 4 CPUs, Ray has 2"):
