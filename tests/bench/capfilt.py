@@ -1,8 +1,8 @@
 """Captioning and filtering: images a second, memory, and how far the hardware's limit is.
 
     python -m tests.bench.capfilt [--device cuda] [--dtype bfloat16] [--images N] [--batch N ...]
-                                  [--threads N] [--exact | --store | --memory N] [--quick]
-                                  [--json FILE]
+                                  [--threads N] [--rounds N] [--exact | --store | --memory N]
+                                  [--quick] [--json FILE]
 
 One run, the same random BLIP-base weights (384 px, 20 new tokens, one caption by nucleus sampling,
 two texts scored by ITM and ITC) for
@@ -16,11 +16,12 @@ two texts scored by ITM and ITC) for
 - data-juicer's operators, where ``py-data-juicer`` is installed, as they are: the captioner goes on
   to the end of the text or 128 tokens, and both read the pictures from files.
 
-Each runs alone in a process of its own, which begins with a batch that is not timed. Pictures are
-decoded already; resizing them is timed. The floor is `tests.bench.floor`'s. With ``--exact`` the
-script checks instead that decoding steps as CUDA graphs give the tokens of eager ones, and counts
-the captions that another batch size changes; with ``--store`` it captions shards from store to
-store through the engine; with ``--memory N`` it watches the memory over N images.
+Each runs alone in a process of its own, which begins with a batch that is not timed, and all of
+them in turn ``--rounds`` times. Pictures are decoded already; resizing them is timed. The floor is
+`tests.bench.floor`'s. With ``--exact`` the script checks instead that decoding steps as CUDA graphs
+give the tokens of eager ones, and counts the captions that another batch size changes; with
+``--store`` it captions shards from store to store through the engine; with ``--memory N`` it
+watches the memory over N images.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ import argparse
 import io
 import itertools
 import json
-import math
 import multiprocessing
 import resource
 import tempfile
@@ -39,6 +39,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ from stages.models.matcher import Matcher
 from tests.bench import blip, capfilt_engine, floor
 
 NEW_TOKENS = 20
+_ALTERNATIVE = "transformers, batched"
 Images = Sequence[Image.Image]
 Run = Callable[[Images], object]
 
@@ -216,37 +218,87 @@ def _measured(
     return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
+@dataclass(frozen=True)
+class Tried:
+    """One contender in one round, at the batch size that suited it best."""
+
+    rate: float
+    """Images a second."""
+    memory: float
+    """GiB at most."""
+    batch: int
+    floor: float
+    """Images a second at the hardware's limit, as it was just then."""
+
+
 def compare(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
-    dtype = getattr(torch, options.dtype)
-    setting = Setting(folder, options.device, dtype, options.batch[0], options.threads)
+    """All contenders in turn, ``--rounds`` times over: machines change speed meanwhile, so ratios
+    are taken within a round."""
     torch.set_num_threads(options.threads)
-    config = BlipConfig.from_pretrained(setting.captioner)
     rows: list[dict[str, object]] = []
     for kind in options.kinds:
-        sized = [replace(setting, batch=batch) for batch in options.batch]
-        tried = {"transformers, one at a time": ("transformers", [replace(setting, batch=1)])}
-        tried |= {f"{name}, batched": (name, sized) for name in contenders(kind) if name != "ours"}
-        tried["ours"] = ("ours", sized)
-        if options.device == "cpu" and options.dtype == "float32":
-            tried["ours, int8"] = ("ours", [replace(s, int8=True) for s in sized])
-        best: dict[str, float] = {}
-        for label, (name, settings) in tried.items():
-            found = [(*measure(kind, name, s, options.images, options.quick), s) for s in settings]
-            rate, memory, at = max(found, key=lambda one: one[0])
-            best[label] = rate
-            least = _floor(kind, config, at, options.quick)
-            against = best.get("transformers, batched")
-            row = {"metric": f"{kind}: {label}", "value": rate, "unit": "images/s",
-                   "batch": at.batch, "memory_gib": memory, "floor_images_s": 1 / least,
-                   "share_of_floor": rate * least, "against": "transformers, batched",
-                   "ratio": rate / against if against else math.nan}  # fmt: skip
-            rows.append(row)
-            print(_line(row), flush=True)
+        entered = _entered(kind, options, folder)
+        rounds = [{label: _best(kind, *entered[label], options) for label in entered}]
+        # Later rounds keep to the batch size that was best, and turn the order round each time.
+        kept = {
+            label: (name, [setting for setting in settings if setting.batch == first.batch])
+            for (label, (name, settings)), first in zip(
+                entered.items(), rounds[0].values(), strict=True
+            )
+        }
+        for number in range(1, options.rounds):
+            order = list(kept)[:: -1 if number % 2 else 1]
+            rounds.append({label: _best(kind, *kept[label], options) for label in order})
+        for label in entered:
+            rows.append(_row(kind, label, rounds))
+            print(_line(rows[-1]), flush=True)
     return rows
 
 
-def _floor(kind: str, config: BlipConfig, setting: Setting, quick: bool) -> float:
+def _entered(
+    kind: str, options: argparse.Namespace, folder: Path
+) -> dict[str, tuple[str, list[Setting]]]:
+    """Label → contender and the settings that it tries."""
+    dtype = getattr(torch, options.dtype)
+    sized = [Setting(folder, options.device, dtype, b, options.threads) for b in options.batch]
+    entered = {"transformers, one at a time": ("transformers", [replace(sized[0], batch=1)])}
+    entered |= {f"{name}, batched": (name, sized) for name in contenders(kind) if name != "ours"}
+    entered["ours"] = ("ours", sized)
+    if options.device == "cpu" and options.dtype == "float32":
+        entered["ours, int8"] = ("ours", [replace(s, int8=True) for s in sized])
+    return entered
+
+
+def _best(kind: str, name: str, settings: list[Setting], options: argparse.Namespace) -> Tried:
+    found = []
+    for setting in settings:
+        rate, memory = measure(kind, name, setting, options.images, options.quick)
+        least = _floor(kind, setting, options.quick)
+        found.append(Tried(rate, memory, setting.batch, 1 / least))
+    return max(found, key=lambda tried: tried.rate)
+
+
+def _row(kind: str, label: str, rounds: list[dict[str, Tried]]) -> dict[str, object]:
+    """Medians over the rounds; the ratio's least and most beside it."""
+    mine = [tried[label] for tried in rounds]
+    ratios = [tried[label].rate / tried[_ALTERNATIVE].rate for tried in rounds]
+    return {
+        "metric": f"{kind}: {label}",
+        "value": median(tried.rate for tried in mine),
+        "unit": "images/s",
+        "batch": mine[0].batch,
+        "memory_gib": max(tried.memory for tried in mine),
+        "floor_images_s": median(tried.floor for tried in mine),
+        "share_of_floor": median(tried.rate / tried.floor for tried in mine),
+        "against": _ALTERNATIVE,
+        "ratio": median(ratios),
+        "ratios": ratios,
+    }
+
+
+def _floor(kind: str, setting: Setting, quick: bool) -> float:
     """Seconds an image of ``kind`` at the least."""
+    config = BlipConfig.from_pretrained(setting.captioner)
     machine = floor.measure(setting.device, setting.dtype, setting.int8, quick=quick)
     itemsize = 1 if setting.int8 else setting.dtype.itemsize
     if kind == "captions":
@@ -263,7 +315,8 @@ def _line(row: dict[str, Any]) -> str:
     return (
         f"{row['metric']:<40} {row['value']:9.3f} images/s  batch {row['batch']:>4}  "
         f"{row['memory_gib']:6.2f} GiB  {row['share_of_floor']:6.1%} of the floor's "
-        f"{row['floor_images_s']:.2f} images/s  x{row['ratio']:.2f}"
+        f"{row['floor_images_s']:.2f} images/s  "
+        f"x{row['ratio']:.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
     )
 
 
@@ -297,6 +350,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--batch", type=int, nargs="+", default=[8])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1, metavar="N")
     parser.add_argument("--kinds", nargs="+", default=["captions", "scores"])
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--exact", action="store_true", help="compare captions instead of speed")
