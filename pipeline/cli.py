@@ -39,6 +39,8 @@ instead. For cron, a systemd timer or a CronJob; with --every it stays and fires
 Exit code 0: went round, or nothing to do; 75: skipped, another driver is at work in the run.
 """
 
+_RUN_FOLDER = "run folder: a path or an s3:// or gs:// URL"
+
 _SKIPPED = 75  # EX_TEMPFAIL of sysexits.h
 
 _FORGET = """\
@@ -135,20 +137,9 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(handler=handler)
         return made
 
-    run = command("run", _do_run, "run a config, or go on with it", _RUN)
-    run.add_argument("config", metavar="CONFIG")
-    run.add_argument("overrides", metavar="key=value", nargs="*")
-    run.add_argument("--rounds", type=int, metavar="N", help="the same as rounds.count=N")
-    run.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
-    run.add_argument(
-        "--retry-failed", action="store_true", help="fetch again what failed and may work now"
-    )
-    schedule = command("schedule", _do_schedule, "go round if there is enough new data", _SCHEDULE)
-    schedule.add_argument("config", metavar="CONFIG")
-    schedule.add_argument("overrides", metavar="key=value", nargs="*")
-    schedule.add_argument(
-        "--every", metavar="TIME", help="stay, and fire again and again: 30m, 6h, 1d (UTC)"
-    )
+    _run_options(command("run", _do_run, "run a config, or go on with it", _RUN))
+    firing = command("schedule", _do_schedule, "go round if there is enough new data", _SCHEDULE)
+    _schedule_options(firing)
     for name, handler, text in (
         ("status", _do_status, "how far a run is, and its figures"),
         ("verify", _do_verify, "check the ledger, every record and every file of a run"),
@@ -156,9 +147,7 @@ def _parser() -> argparse.ArgumentParser:
         ("report", _do_report, "write the report of a run as one HTML page"),
         ("trace", _do_trace, "write the life of every shard as a Chrome trace, for Perfetto"),
     ):
-        command(name, handler, text).add_argument(
-            "run", metavar="RUN", help="run folder: a path or an s3:// or gs:// URL"
-        )
+        command(name, handler, text).add_argument("run", metavar="RUN", help=_RUN_FOLDER)
     _inspect_options(commands.choices["inspect"])
     commands.choices["report"].add_argument("--output", type=Path, metavar="FILE")
     commands.choices["trace"].add_argument(
@@ -168,6 +157,27 @@ def _parser() -> argparse.ArgumentParser:
     importing = command("import-checkpoint", _do_import, "turn a released BLIP .pth into folders")
     _import_options(importing)
     return parser
+
+
+def _config_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG")
+    parser.add_argument("overrides", metavar="key=value", nargs="*")
+
+
+def _run_options(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    parser.add_argument("--rounds", type=int, metavar="N", help="the same as rounds.count=N")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
+    parser.add_argument(
+        "--retry-failed", action="store_true", help="fetch again what failed and may work now"
+    )
+
+
+def _schedule_options(parser: argparse.ArgumentParser) -> None:
+    _config_options(parser)
+    parser.add_argument(
+        "--every", metavar="TIME", help="stay, and fire again and again: 30m, 6h, 1d (UTC)"
+    )
 
 
 def _import_options(parser: argparse.ArgumentParser) -> None:
@@ -182,7 +192,7 @@ def _import_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _forget_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help="run folder: a path or an s3:// or gs:// URL")
+    parser.add_argument("run", metavar="RUN", help=_RUN_FOLDER)
     given = parser.add_mutually_exclusive_group(required=True)
     for name, text in (
         ("urls", "URLs of images, one a line"),

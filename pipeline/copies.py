@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pipeline.config import RunConfig
 from pipeline.dag import BEFORE_COPIES, DatasetTask, Published, plan_shards
 from pipeline.plan import Model, Sharing, dataset_task, model_tasks
-from pipeline.store import Record, Store
+from pipeline.records import Record
+from pipeline.store import Store
 from stages.dedup import CopiesStage
 
 

@@ -15,8 +15,9 @@ from pipeline.copies import plan_sharing
 from pipeline.dag import DatasetTask, Published, made_here, print_of
 from pipeline.engine.shard import payload
 from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round, probes
+from pipeline.records import fingerprint, record_name
 from pipeline.sources import Shards
-from pipeline.store import Store, fingerprint, record_name
+from pipeline.store import Store
 from stages.evaluate import EvaluateStage
 from stages.gate import Decision
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config import RunConfig
-from pipeline.store import fingerprint, record_name
+from pipeline.records import fingerprint, record_name
 from stages.base import Config, DatasetStage, ShardStage
 from stages.caption import CaptionStage
 from stages.download import DownloadStage
@@ -138,7 +138,7 @@ def plan_shards(
     shards: Mapping[str, tuple[str, str]],
     published: set[str],
     inherited: Mapping[tuple[str, str], str],
-    shared: Mapping[str, str] = MappingProxyType({}),
+    shared: Mapping[str, str] | None = MappingProxyType({}),
 ) -> list[ShardJob]:
     """What every shard needs, from names alone.
 
@@ -149,10 +149,11 @@ def plan_shards(
         inherited: (stage, shard) → fingerprint that the round takes over from an earlier one
             as it is, whatever the weights are now (``rounds.relabel: new``), as long as the
             shard's images share what they shared then.
-        shared: shard → record of what its images share with others, where they do.
+        shared: shard → record of what its images share with others, where they do; None before
+            it is known.
     """
     return [
-        _plan_shard(tasks, shard, shards[shard], published, inherited, shared.get(shard))
+        _plan_shard(tasks, shard, shards[shard], published, inherited, shared)
         for shard in sorted(shards)
     ]
 
@@ -163,14 +164,14 @@ def _plan_shard(
     source: tuple[str, str],
     published: set[str],
     inherited: Mapping[tuple[str, str], str],
-    shared: str | None,
+    shared: Mapping[str, str] | None,
 ) -> ShardJob:
     kind, source_record = source
     records = {"sources": source_record}
-    if shared is not None:
-        records["shared"] = shared
+    if shared is not None and shard in shared:
+        records["shared"] = shared[shard]
     prints = {name: print_of(record) for name, record in records.items()}
-    as_before = inherited.get(("shared", shard)) == prints.get("shared")
+    as_before = shared is None or inherited.get(("shared", shard)) == prints.get("shared")
     todo = []
     for task in tasks:
         # Human pairs are trusted: they are fetched, never captioned, filtered or deduplicated.

@@ -20,8 +20,9 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.records import Record, fingerprint
 from pipeline.runfolder import Round, read_rounds, tables
-from pipeline.store import Record, Store, fingerprint
+from pipeline.store import Store
 from pipeline.tombstones import STAGE, names, read_removed
 from pipeline.version import code_version
 from stages import ids

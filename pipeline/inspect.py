@@ -12,8 +12,9 @@ import pyarrow as pa
 from rich.console import Console
 from rich.text import Text
 
+from pipeline.records import Payload
 from pipeline.runfolder import STAGES, Round, read_rounds, table_names, tables
-from pipeline.store import Payload, Store
+from pipeline.store import Store
 from pipeline.terminal import clean, grid, size
 from pipeline.tombstones import read_removed
 from stages.errors import UserError

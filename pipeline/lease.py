@@ -32,7 +32,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from pipeline.store import Store, lease_name
+from pipeline.records import lease_name
+from pipeline.store import Store
 from stages.base import Config
 from stages.errors import CapfiltError, LeaseHeldError, LeaseLostError, StoreError
 
@@ -135,6 +136,17 @@ def current(store: Store) -> Lease | None:
     """
     names = [name for name in store.files("leases") if _token(name)]
     return _read(store, max(names, key=_token)) if names else None
+
+
+def driver(store: Store) -> str | None:
+    """Who has the run's lease, in words, and whether it is at work; None if it was given back."""
+    last = current(store)
+    if last is None or last.released:
+        return None
+    alive = _alive(last)
+    if alive is None:
+        return f"{last.holder}; whether it still runs cannot be told from here"
+    return last.holder if alive else f"ended without a word: {last.holder}"
 
 
 def _token(name: str) -> int:

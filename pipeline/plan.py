@@ -28,7 +28,7 @@ from pipeline.dag import (
     shard_tasks,
 )
 from pipeline.ledger import LedgerStage
-from pipeline.store import fingerprint
+from pipeline.records import fingerprint
 from stages.assemble import AssembleStage
 from stages.base import Config, DatasetStage
 from stages.dedup import EVALUATION, DedupStage
@@ -89,10 +89,10 @@ class RoundPlan:
         """What each shard still needs, given the names of all records; while it is not known which
         images share captions, only what comes before."""
         shared = self.sharing.shared
-        jobs = plan_shards(
-            self.shard_tasks, self.shards, published, self.inherited, shared or _NOTHING
-        )
-        if self.sharing.copies is None or shared is not None:
+        if self.sharing.copies is None and shared is None:
+            shared = _NOTHING
+        jobs = plan_shards(self.shard_tasks, self.shards, published, self.inherited, shared)
+        if shared is not None:
             return jobs
         return [
             replace(job, todo=tuple(stage for stage in job.todo if stage in BEFORE_COPIES))

@@ -11,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from stages.errors import CapfiltError
+from stages.errors import CapfiltError, ConfigError
 from stages.ingest import check_source
 from stages.probes import read_probes
 
 
 def check(config: RunConfig, sources: bool = True) -> None:
-    """Open all that ``config`` names, but for the sample world, which the run itself makes.
+    """Open all that ``config`` names, but for the sample world, which the run itself makes, and
+    look where the run folder lies.
 
     Args:
         sources: also the sources; a run that has cut all it needs can do without them.
@@ -25,6 +26,7 @@ def check(config: RunConfig, sources: bool = True) -> None:
     Raises:
         UserError: naming the field, what it names and what is wrong there.
     """
+    _check_stays(config.run)
     if sources:
         for origin, given in (("sources", config.sources), ("human", config.human)):
             for number, source in enumerate(given):
@@ -39,6 +41,16 @@ def check(config: RunConfig, sources: bool = True) -> None:
         if not _made(config, ref):
             with _field(field):
                 use(ref)
+
+
+def _check_stays(run: str) -> None:
+    """Raises ConfigError for a run folder that Ray would delete: one in its copy of the
+    ``--working-dir`` of a job, where relative paths lead."""
+    if "://" not in run and "working_dir_files" in Path(run).absolute().parts:
+        raise ConfigError(
+            f"run: {run!r} would lie in this job's copy of its working directory, which Ray "
+            "deletes; give a full path that all machines share, or an s3:// or gs:// URL"
+        )
 
 
 def _made(config: RunConfig, path: str) -> bool:

@@ -17,9 +17,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config import RunConfig
+from pipeline.records import Record, fingerprint
 from pipeline.runfolder import tables
 from pipeline.sources import link_shards, publish_cut, shards_of
-from pipeline.store import Record, Store, fingerprint
+from pipeline.store import Store
 from stages import ids
 from stages.download import RETRYABLE
 from stages.fetch import TRY_AGAIN_CODES

@@ -33,8 +33,9 @@ from pipeline.lease import held, terminable
 from pipeline.plan import Model, RoundPlan
 from pipeline.preview import preview
 from pipeline.progress import Screen
+from pipeline.records import Record
 from pipeline.sources import ingest
-from pipeline.store import Record, Store
+from pipeline.store import Store
 from pipeline.version import code_version
 from stages.gate import Decision, decide
 from stages.scenes.server import WorldServer

@@ -12,7 +12,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.store import Payload, Record, Store
+from pipeline.records import Payload, Record
+from pipeline.store import Store
 from stages.errors import StoreError, UserError
 from stages.schemas import (
     CAPTIONS,

@@ -30,8 +30,9 @@ from pipeline.engine.shard import count_by
 from pipeline.engine.spread import SPREAD
 from pipeline.lease import held
 from pipeline.ledger import LedgerStage
+from pipeline.records import Payload, Record
 from pipeline.runfolder import Published, Round, read_books, read_rounds, tables
-from pipeline.store import Payload, Record, Store
+from pipeline.store import Store
 from pipeline.tombstones import read_removed
 from stages.base import LocalContext
 from stages.removed import among

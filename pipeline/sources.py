@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import RunConfig
-from pipeline.store import Payload, Record, Store, fingerprint
+from pipeline.records import Payload, Record, fingerprint
+from pipeline.store import Store
 from pipeline.version import code_version
 from stages.base import LocalContext
 from stages.errors import SourceError

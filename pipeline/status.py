@@ -12,8 +12,10 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from pipeline import lease
+from pipeline.records import Record
 from pipeline.runfolder import Round, read_rounds, tables
-from pipeline.store import Record, Store
+from pipeline.store import Store
 from pipeline.terminal import breakdown, clean, duration, grid
 
 _KEY_METRICS = (
@@ -86,6 +88,8 @@ class RunStatus:
     last_round: int | None
     """Number of the last round that the config asks for; None if run.json is not there."""
     rounds: tuple[RoundStatus, ...]
+    driver: str | None = None
+    """Who holds the run, from `pipeline.lease`."""
 
     @property
     def next(self) -> str:
@@ -124,6 +128,7 @@ def read_status(store: Store) -> RunStatus:
             _round(store, round_, records, earlier)
             for round_, earlier in zip(rounds, _before(rounds), strict=True)
         ),
+        driver=lease.driver(store),
     )
 
 
@@ -222,6 +227,8 @@ def print_status(status: RunStatus, out: Console) -> None:
     done = sum(round_.complete for round_ in status.rounds)
     out.print(Text(clean(status.url)))
     out.print(Text(f"{begun}{done} of {_planned(status)} rounds done"))
+    if status.driver is not None:
+        out.print(Text(f"driver: {clean(status.driver)}"))
     for round_ in status.rounds:
         out.print()
         _print_round(round_, out)

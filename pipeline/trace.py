@@ -12,9 +12,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipeline.records import Record
 from pipeline.report.safe import masked, masked_tree
 from pipeline.runfolder import write_output
-from pipeline.store import Record, Store
+from pipeline.store import Store
 from stages.errors import UserError
 
 Event = dict[str, Any]

@@ -24,8 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.ledger import balance
+from pipeline.records import Payload, Record
 from pipeline.runfolder import STAGES, Published, Round, read_books, read_rounds, tables
-from pipeline.store import Payload, Record, Store
+from pipeline.store import Store
 from stages.errors import CapfiltError, LedgerError, StoreError
 from stages.schemas import LEDGER
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
 import pyarrow as pa
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Config, Resources, ShardStage, operational
 from stages.errors import ConfigError
@@ -43,6 +43,14 @@ class InferenceConfig(Config):
     decode_threads: int = operational(1, ge=1)
     """Threads that decode and resize images ahead of the model, for each replica."""
     resources: Resources = operational(Resources())
+
+    @model_validator(mode="after")
+    def _int8_runs_on_a_cpu(self) -> InferenceConfig:
+        if self.precision == "int8" and (self.device == "cuda" or self.resources.gpus):
+            raise ValueError(
+                "precision: 'int8' runs on a CPU; use bfloat16, or device cpu and resources.gpus 0"
+            )
+        return self
 
 
 C = TypeVar("C", bound=InferenceConfig)

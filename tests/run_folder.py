@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from pipeline.images import write_tar
 from pipeline.ledger import LedgerStage
-from pipeline.store import Payload, Record, Store, fingerprint
+from pipeline.records import Payload, Record, fingerprint
+from pipeline.store import Store
 from stages.assemble import AssembleConfig, AssembleStage
 from stages.base import DatasetStage, LocalContext
 from stages.ids import pair_id, sample_id

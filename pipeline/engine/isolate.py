@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import ray
@@ -28,15 +28,18 @@ as it stands, instead of trying every row."""
 
 
 @ray.remote(max_retries=0)
-def _rows_alone(task: ShardTask, store: Store, job: ShardJob, start: int, stop: int) -> pa.Table:
-    """Rows ``start`` to ``stop`` of the shard's input, in a process that may die of them."""
+def _rows_alone(
+    task: ShardTask, store: Store, job: ShardJob, start: int, stop: int
+) -> tuple[pa.Table, dict[str, str]]:
+    """Output for rows ``start`` to ``stop`` of the shard's input, and the facts of the work, in a
+    process that may die of them."""
     stage = shards.build(task, store)
     inputs = shards.load_inputs(task.name, job, store, {})
     stage.setup()
     shards.settle(stage, task, job, store)
     rows = stage_input(task.name, inputs).slice(start, stop - start)
     output = read_removed(store).process(stage, rows)
-    return check(output, stage.output_schema, f"{task.name} output")
+    return check(output, stage.output_schema, f"{task.name} output"), stage.facts()
 
 
 def run_alone(
@@ -55,7 +58,8 @@ def run_alone(
     alone = _Alone(store, task, job, table, grows_to)
     pieces = alone.halve(0, table.num_rows) if table.num_rows else []
     empty = alone.stage.output_schema.empty_table()
-    shards.publish(task, job, pa.concat_tables([empty, *pieces]), store, started)
+    output = pa.concat_tables([empty, *pieces])
+    shards.publish(task, job, output, store, started, merged(alone.facts))
 
 
 class _Alone:
@@ -72,6 +76,8 @@ class _Alone:
         self._store, self._task, self._job, self._table = store, task, job, table
         self._grows_to = grows_to
         self.stage = task.build(None)
+        self.facts: list[dict[str, str]] = []
+        """Of every piece that was processed."""
         self._failures = 0
 
     def halve(self, start: int, stop: int) -> list[pa.Table]:
@@ -86,7 +92,9 @@ class _Alone:
             accelerator_type=share.accelerator,
         )
         try:
-            return [ray.get(work.remote(self._task, self._store, self._job, start, stop))]
+            piece, facts = ray.get(work.remote(self._task, self._store, self._job, start, stop))
+            self.facts.append(facts)
+            return [piece]
         except RayError as error:
             raised = translate(error, self._task.name)
             # A store or a model that cannot be read is no fault of the rows.
@@ -102,6 +110,18 @@ class _Alone:
         rows = self._table.slice(start, stop - start)
         failed = self.stage.failed(rows, "quarantined", cause)
         return check(failed, self.stage.output_schema, f"{self._task.name} output")
+
+
+def merged(pieces: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """`ShardStage.facts` of a shard from those of its pieces: counts add up, other facts are told
+    once each."""
+    found: dict[str, dict[str, None]] = {}
+    for facts in pieces:
+        for name, told in facts.items():
+            found.setdefault(name, {}).update(dict.fromkeys(told.split(", ")))
+    if "tokens" in found:
+        found["tokens"] = {str(sum(int(facts.get("tokens", 0)) for facts in pieces)): None}
+    return {name: ", ".join(told) for name, told in found.items()}
 
 
 def _cause(error: RayError) -> str:

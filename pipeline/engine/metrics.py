@@ -14,7 +14,8 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from pipeline.engine.shard import payload
-from pipeline.store import Record, Store
+from pipeline.records import Record
+from pipeline.store import Store
 
 _WORK = ("run", "stage")
 _SECONDS = [1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000]

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 
 from pipeline.dag import MADE_HERE, SHARD_READS, SHARD_STAGES, ShardJob, ShardTask, stage_input
 from pipeline.images import with_images, write_tar
-from pipeline.store import Payload, Record, Store
+from pipeline.records import Payload, Record
+from pipeline.store import Store
 from pipeline.version import code_version
 from stages.base import ShardStage
 from stages.errors import StoreError

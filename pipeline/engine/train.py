@@ -29,6 +29,9 @@ from stages import errors
 from stages.errors import CapfiltError, StoreError, TrainingError, UserError
 
 _RESTARTS = 2
+_FITS = 3
+"""A fit that ends because a worker died at its start is begun again; one that ran has restarted
+its workers by itself."""
 _WHOLE = "all"
 
 
@@ -59,7 +62,7 @@ def run_training(
     if not todo:
         return
     ray.get(board.forget.remote())
-    for starts_left in reversed(range(_RESTARTS + 1)):
+    for starts_left in reversed(range(_FITS)):
         try:
             _fit(todo, store, config, board)
             break

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.inspect import Query, View
+from pipeline.records import Payload, Record
 from pipeline.report.safe import masked_tree
 from pipeline.runfolder import STAGES, Round, read_rounds, table_names, tables
 from pipeline.status import Key, RoundStatus, RunStatus, covered, read_status
-from pipeline.store import Payload, Record, Store
+from pipeline.store import Store
 
 POINTS = 160
 """Of a curve, at most."""

@@ -16,8 +16,9 @@ from itertools import pairwise
 from PIL import Image
 
 from pipeline.inspect import Query
+from pipeline.records import Payload
 from pipeline.report.collect import RoundFacts
-from pipeline.store import Payload, Store
+from pipeline.store import Store
 from pipeline.tombstones import read_removed
 
 PER_GROUP = 12

@@ -16,7 +16,8 @@ from pipeline.dag import ShardTask, plan_shards
 from pipeline.engine import shard as shards
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
-from pipeline.store import Store, record_name
+from pipeline.records import record_name
+from pipeline.store import Store
 from stages.base import Resources
 from stages.caption import CaptionConfig, CaptionStage
 from stages.download import DownloadConfig

@@ -34,7 +34,8 @@ from pipeline.config import EngineConfig
 from pipeline.dag import ShardTask, plan_shards
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
-from pipeline.store import Record, Store
+from pipeline.records import Record
+from pipeline.store import Store
 from stages.base import Config, Resources, ShardStage
 from stages.schemas import (
     CAPTIONS,

@@ -24,9 +24,10 @@ from pipeline.dag import DatasetTask, Published, made_here, print_of
 from pipeline.engine.dataset import open_inputs, publish_folder
 from pipeline.engine.shard import build, load_inputs, payload, publish, run_stage
 from pipeline.plan import Model, RoundPlan, dataset_task, plan_round
+from pipeline.records import Record
 from pipeline.rounds import sample_world
 from pipeline.sources import ingest
-from pipeline.store import Record, Store
+from pipeline.store import Store
 from stages.base import Config, Context, DatasetStage, LocalContext, ShardStage
 from stages.errors import ConfigError
 from stages.evaluate import EvaluateStage

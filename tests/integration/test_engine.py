@@ -11,7 +11,8 @@ from pipeline.dag import ShardTask, plan_shards
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
 from pipeline.engine.shard import load
-from pipeline.store import Record, Store
+from pipeline.records import Record
+from pipeline.store import Store
 from stages.base import Config, Resources, ShardStage
 from stages.errors import CheckpointError
 from stages.schemas import CAPTIONS, DOWNLOAD, EMBEDDINGS, IMAGES, SOURCES
@@ -69,6 +70,9 @@ class FakeCaption(FakeDownload):
             if "broken" in sample:
                 raise ValueError(f"cannot caption {sample}")
         return self.failed(table, "success", "")
+
+    def facts(self) -> dict[str, str]:
+        return {"batch_size": "1"}
 
     def failed(self, table: pa.Table, status: str, detail: str) -> pa.Table:
         rows = table.num_rows
@@ -194,6 +198,8 @@ def test_a_deadly_and_a_broken_row_are_quarantined_and_the_run_goes_on(tmp_path,
     assert statuses(store, records, "000002") == {"f": "success", "broken": "quarantined"}
     detail = load(records["000002"]["caption"], store)["detail"].to_pylist()[1]
     assert "cannot caption broken" in detail
+    for shard in ("000000", "000001", "000002"):
+        assert store.read_record(records[shard]["caption"]).details["batch_size"] == "1"
 
 
 def test_only_what_has_no_record_is_done_again(tmp_path, board):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_a_bad_override_is_named(file: Path, override: str, parts: list[str]) ->
 def test_languages_can_only_be_chosen_where_they_are_identified(file: Path) -> None:
     said = problem(file, "select.texts.languages=[en]", "ingest.language=false")
     assert "select.texts.languages: needs ingest.language" in said
+
+
+@pytest.mark.parametrize("place", [{"device": "cuda"}, {"resources": {"gpus": 0.5}}])
+def test_int8_on_a_gpu_is_refused_before_anything_runs(file: Path, place: dict[str, Any]) -> None:
+    overrides = [f"caption.{name}={json.dumps(value)}" for name, value in place.items()]
+    assert load(str(file), overrides).caption.precision == "float32"
+    said = problem(file, *overrides, "caption.precision=int8")
+    assert "caption: " in said and "precision: 'int8' runs on a CPU" in said
 
 
 def test_a_misspelt_section_is_named_rather_than_called_missing(file: Path) -> None:

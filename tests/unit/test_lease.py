@@ -16,7 +16,8 @@ import pytest
 
 from pipeline import lease
 from pipeline.lease import Terminated, current, held, terminable
-from pipeline.store import Record, Store, lease_name
+from pipeline.records import Record, lease_name
+from pipeline.store import Store
 from stages.errors import LeaseHeldError, LeaseLostError, StoreError
 from tests.s3 import s3_bucket
 
@@ -92,6 +93,19 @@ def test_a_lease_is_taken_released_and_taken_again(store: Store) -> None:
         assert current(store).released
     # A lease is never removed: its number cannot be given twice.
     assert sorted(store.files("leases")) == [lease_name(token) for token in (1, 2, 3)]
+
+
+def test_who_drives_a_run_is_told_to_those_who_only_look(store: Store) -> None:
+    assert lease.driver(store) is None
+    other = holding(store)
+    assert (lease.driver(store) or "").startswith(f"process {other.pid} on ")
+    other.kill()
+    other.wait()
+    told = lease.driver(store) or ""
+    assert told.startswith(f"ended without a word: process {other.pid} on ")
+    away = foreign(store, 2)
+    assert lease.driver(store) == f"{away.holder}; whether it still runs cannot be told from here"
+    assert len(store.files("leases")) == 2  # looking writes nothing
 
 
 def test_records_carry_the_token_and_nothing_else_does(store: Store) -> None:

@@ -165,6 +165,13 @@ def test_labels_taken_over_give_way_where_images_share_something_else() -> None:
     kept = prints(MODELS, shared.format("aa"), {})
     assert prints(better, shared.format("aa"), {})[0].isdisjoint(kept[0])
     assert prints(better, shared.format("aa"), inherited) == kept
+    some_task = plan_round(config(), 1, shards, MODELS, None, {}).task("dedup")
+    unknown = Sharing(copies=some_task)
+    plan = plan_round(config(), 2, shards, better, None, inherited, sharing=unknown)
+    waiting = [
+        {print_of(job.records[s]) for s in ("caption", "filter")} for job in plan.jobs(set())
+    ]
+    assert waiting == kept  # until it is known to be otherwise
     for other in (shared.format("bb"), None):
         alone, changed = prints(better, other, inherited)
         assert alone == kept[0] and changed.isdisjoint(kept[1])

@@ -48,6 +48,18 @@ def test_a_good_config_passes(good: dict[str, Any]) -> None:
     checked(good)
 
 
+def test_a_run_folder_that_ends_with_its_job_is_refused(
+    good: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_0"
+    copied.mkdir(parents=True)
+    monkeypatch.chdir(copied)
+    with pytest.raises(ConfigError, match=r"run: 'runs/x' would lie in this job's copy"):
+        checked(good, run="runs/x")
+    checked(good, run=str(tmp_path / "run"))
+    checked(good, run="s3://bucket/run")
+
+
 def test_sources_may_be_gone_once_they_are_cut(good: dict[str, Any]) -> None:
     gone = parse(good | {"sources": [{"path": "/no/such.csv"}]}, "test")
     check(gone, sources=False)

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import parse
+from pipeline.records import Record
 from pipeline.retry import retry_failed
 from pipeline.runfolder import tables
 from pipeline.sources import ingest
-from pipeline.store import Record, Store
+from pipeline.store import Store
 from stages.download import DownloadConfig, DownloadStage
 from stages.schemas import SOURCES
 

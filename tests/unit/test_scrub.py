@@ -14,10 +14,11 @@ import pytest
 from pipeline.cli import main
 from pipeline.forget import forget
 from pipeline.lease import held
+from pipeline.records import Record
 from pipeline.runfolder import read_rounds, tables
 from pipeline.scrub import Scrubbed, scrub
 from pipeline.sources import link_shards
-from pipeline.store import Record, Store
+from pipeline.store import Store
 from pipeline.verify import verify
 from stages.errors import LeaseHeldError
 from stages.ids import sample_id

@@ -8,7 +8,9 @@ import pytest
 
 from pipeline.dag import ShardJob, ShardTask
 from pipeline.engine import shard as shards
-from pipeline.store import Store, record_name
+from pipeline.engine.isolate import merged
+from pipeline.records import record_name
+from pipeline.store import Store
 from stages.caption import CaptionConfig, CaptionStage
 from stages.schemas import IMAGES
 from tests import tiny_models
@@ -78,3 +80,10 @@ def test_the_record_says_which_sizes_were_used(folder: Path, tmp_path: Path) -> 
     stage.process(table)
     assert stage.facts() == {"batch_size": "2", "tokens": details["tokens"]}
     assert opened(folder, batch_size=2)[1].process(table).equals(output)
+
+
+def test_what_is_told_of_pieces_is_told_of_the_shard() -> None:
+    pieces = [{"batch_size": "32", "tokens": "7"}, {"batch_size": "32, 16", "tokens": "5"}, {}]
+    assert merged(pieces) == {"batch_size": "32, 16", "tokens": "12"}
+    assert merged([{"batch_size": "4"}]) == {"batch_size": "4"}
+    assert merged([]) == {}

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from pipeline.lease import held
 from pipeline.runfolder import read_rounds
 from pipeline.status import print_figures, print_status, read_status
 from pipeline.store import Store
@@ -134,3 +136,9 @@ def test_a_damaged_record_is_one_line(store: Store) -> None:
     Path(store.path(name)).write_text("{")
     with pytest.raises(StoreError, match="is not a record"):
         read_status(store)
+
+
+def test_a_run_that_is_held_names_its_driver(store: Store) -> None:
+    with held(store, print):
+        assert f"driver: process {os.getpid()} on " in shown(store)[2]
+    assert not any(line.startswith("driver:") for line in shown(store))

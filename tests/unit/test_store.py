@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import Field
 
-from pipeline.store import Payload, Record, Store, fingerprint, record_name
+from pipeline.records import Payload, Record, fingerprint, record_name
+from pipeline.store import Store
 from stages.base import Config, operational
 from stages.errors import StoreError
 from tests.s3 import s3_bucket, use_endpoint
@@ -296,7 +297,7 @@ def test_what_can_change_rows_changes_the_fingerprint(other: str) -> None:
 def test_what_cannot_change_rows_does_not() -> None:
     assert fingerprint("select", 1, Outer(retries=9), "a", "b") == BASE
     script = (
-        "from pipeline.store import fingerprint; from tests.unit.test_store import Outer;"
+        "from pipeline.records import fingerprint; from tests.unit.test_store import Outer;"
         "print(fingerprint('select', 1, Outer(), 'a', 'b'))"
     )
     run = [sys.executable, "-c", script]

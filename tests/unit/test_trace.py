@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.store import Record, Store
+from pipeline.records import Record
+from pipeline.store import Store
 from pipeline.trace import trace, write_trace
 from stages.errors import UserError
 from tests.run_folder import make_run

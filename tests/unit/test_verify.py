@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.records import Payload, Record
 from pipeline.runfolder import read_rounds
-from pipeline.store import Payload, Record, Store
+from pipeline.store import Store
 from pipeline.verify import verify
 from tests.run_folder import make_run
 from tests.s3 import s3_bucket
