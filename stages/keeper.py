@@ -129,6 +129,7 @@ class ImageKeeper:
         # hide what OpenCV's decoders print; they are given plain pixels and print nothing.
         resizer.SuppressStdoutStderr = nullcontext
         resizer.cv2 = _Cv2()
+        resizer.A = _Transforms()
         self._resizer: Callable[[io.BytesIO], tuple[Any, ...]] = resizer.Resizer(
             image_size=config.image_size,
             resize_mode=config.resize_mode,
@@ -232,6 +233,25 @@ class _Cv2:
 
         handed = getattr(_HANDED, "pixels", None)
         return cv2.imdecode(data, flags) if handed is None else handed
+
+
+class _Transforms(threading.local):
+    """albumentations for `Resizer`, which makes its transforms anew for every image: half a
+    millisecond each. Here a thread makes each once."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        import albumentations
+
+        made: dict[str, Any] = {}
+
+        def make(**options: Any) -> Any:
+            key = repr(options)
+            if key not in made:
+                made[key] = getattr(albumentations, name)(**options)
+            return made[key]
+
+        setattr(self, name, make)
+        return make
 
 
 def _icon_pixels(data: bytes) -> int:
@@ -346,4 +366,5 @@ def perceptual_hash(picture: Image.Image) -> str:
 
     side = 4 * _PHASH_SIZE  # imagehash's highfreq_factor
     grey = picture.convert("L").resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)
-    return str(imagehash.phash(grey, hash_size=_PHASH_SIZE))
+    bits = imagehash.phash(grey, hash_size=_PHASH_SIZE).hash
+    return np.packbits(bits).tobytes().hex()  # as its str(), in a tenth of the time

@@ -136,7 +136,9 @@ def read_parquet(file: SourceFile) -> Iterator[Record]:
         for name in (columns.url, *columns.texts):
             _check_type(file, name, table.schema_arrow.field(name).type)
         numbers = itertools.count()
-        for batch in table.iter_batches(_BATCH_ROWS, columns=columns.all):
+        # Threads of its own would each keep memory, and read faster than rows are made of it.
+        batches = table.iter_batches(_BATCH_ROWS, columns=columns.all, use_threads=False)
+        for batch in batches:
             for row in batch.to_pylist():
                 yield from columns.records(next(numbers), row)
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from stages import ids
 from stages.base import batches
 
-_CACHE_KB = 8 * 1024  # small, so that memory is the same after a thousand rows and a billion
+_CACHE_KB = 2 * 1024  # small, so that memory is the same after a thousand rows and a billion
 _COLUMNS = ("row_id", "sample_id", "source", "text", "repeat_of")
 
 
