@@ -112,7 +112,9 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
+        opaque = Image.alpha_composite(white, image)
+        del image, white  # each takes as much memory as what is made next
+        return opaque.convert("RGB")
     # copy(): the caller must not hold the opened file's plugin and its buffers.
     return image.copy() if image.mode == "RGB" else image.convert("RGB")
 
