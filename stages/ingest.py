@@ -21,6 +21,7 @@ from stages.annotations import ANNOTATIONS, read_annotations, read_json
 from stages.base import Config, Context, DatasetStage, operational
 from stages.errors import SourceError
 from stages.readers import (
+    BATCH_ROWS,
     TABLES,
     Origin,
     Record,
@@ -46,7 +47,6 @@ _EXTENSIONS = {
     ".json": "json",
 }
 _TABLE_FORMATS = frozenset({"parquet", "csv", "tsv", "jsonl"})
-_BATCH_ROWS = 2_000  # a row takes some kB of Python objects while it is made
 _CHUNK = 1 << 20
 
 
@@ -186,7 +186,7 @@ def read_rows(file: SourceFile, language: bool = False) -> Iterator[pa.Table]:
     """
     with readable(file.path, file.format):
         records = READERS[file.format](file)
-        while batch := list(itertools.islice(records, _BATCH_ROWS)):
+        while batch := list(itertools.islice(records, BATCH_ROWS)):
             rows = [_source_row(file, record, language) for record in batch]
             yield pa.Table.from_pylist(rows, schema=SOURCES)
 

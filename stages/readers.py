@@ -36,7 +36,7 @@ URL_NAMES = ("url", "image_url", "img_url", "image_link", "photo_url", "uri")
 TEXT_NAMES = ("text", "caption", "alt_text", "alt", "captions", "title", "description")
 
 _LOOK_AHEAD = 100  # rows of a JSONL or text file that decide what it holds
-_BATCH_ROWS = 2_000
+BATCH_ROWS = 2_000  # a row takes some kB of Python objects while it is made
 _CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
 _LONGEST_FIELD = 16 * 1024 * 1024
 
@@ -137,7 +137,7 @@ def read_parquet(file: SourceFile) -> Iterator[Record]:
             _check_type(file, name, table.schema_arrow.field(name).type)
         numbers = itertools.count()
         # Threads of its own would each keep memory, and read faster than rows are made of it.
-        batches = table.iter_batches(_BATCH_ROWS, columns=columns.all, use_threads=False)
+        batches = table.iter_batches(BATCH_ROWS, columns=columns.all, use_threads=False)
         for batch in batches:
             for row in batch.to_pylist():
                 yield from columns.records(next(numbers), row)

@@ -127,6 +127,33 @@ def test_threads_that_decode_change_nothing(web: WebServer) -> None:
     assert len({row["pixel_sha256"] for row in one}) == 25  # None where there are no pixels
 
 
+def test_large_bodies_are_given_back_whatever_becomes_of_them(
+    web: WebServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = picture(1200, 900, format="BMP")
+    assert len(large) > 2 << 20
+    bodies = [large, b"\xff\xd8\xff" + bytes(2 << 20), large[: 2 << 20]]
+    urls = [web.serve(f"/back-{n}.bmp", body) for n, body in enumerate(bodies)]
+    other = web.serve("/back-other.bmp", large)
+    rows = [{"url": url} for url in urls] + [{"url": other, "image_hash": "0" * 32}]
+    made = stage(web, timeout=5.0, total_timeout=10.0)
+    whole = made._crawler._fetcher._memory._left
+    statuses = [row["status"] for row in run(made, sources(*rows))]
+    assert statuses == ["success", "not_an_image", "decode", "hash_mismatch"]
+    assert made._crawler._fetcher._memory._left == whole
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(made, "_keep", broken)
+    with pytest.raises(RuntimeError, match="unforeseen"):
+        made.process(sources(*rows))
+    deadline = time.monotonic() + 10
+    while made._crawler._fetcher._memory._left < whole and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert made._crawler._fetcher._memory._left == whole
+
+
 def test_one_fetch_and_one_image_for_each_sample(web: WebServer) -> None:
     url = web.serve("/shared.jpg", picture(seed=3))
     before = web.hits["/shared.jpg"]
