@@ -26,7 +26,7 @@ check: install  ## format, lint, types, import contract
 
 test: check  ## every check, and all tests but the long ones of chaos
 	$(BIN)/pytest -n 2 --dist loadfile tests/unit
-	$(BIN)/pytest -n 2 --dist loadfile tests/integration
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration
 
 format: install
 	$(BIN)/ruff format .

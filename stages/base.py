@@ -6,8 +6,10 @@ table; `DatasetStage` sees a whole round at once. The engine decides where and w
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import ClassVar, Protocol, TypeVar
 
@@ -135,7 +137,8 @@ class Context(Protocol):
 
 
 class LocalContext:
-    """A `Context` in the calling process: one worker, no progress, checkpoints in a folder."""
+    """A `Context` in the calling process: one worker, which maps over threads, no progress,
+    checkpoints in a folder."""
 
     rank = 0
     world_size = 1
@@ -150,7 +153,9 @@ class LocalContext:
         reads: Sequence[Path] = (),
         gpus: float = 0.0,
     ) -> list[R]:
-        return [function(item) for item in items]
+        # Numpy and torch let other threads run while they compute.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(function, items))
 
     def progress(self, message: str, done: int, total: int) -> None:
         pass

@@ -147,7 +147,7 @@ CONTAMINATED = _schema(
 
 DEDUP = _schema(
     ("net", _TEXT, "before_caption, or exact, perceptual, semantic, clusters, contamination"),
-    ("metric", _TEXT, "copies, pairs, recall, reach, widest_cosine, …"),
+    ("metric", _TEXT, "copies, pairs, recall, tables, widest_cosine, …"),
     ("value", pa.float64(), "the figure; shares and recalls are 0 to 1"),
 )
 

@@ -37,15 +37,15 @@ def _told(found: Mapping[tuple[str, str], float]) -> list[tuple[str, str]]:
     def count(net: str, metric: str) -> str:
         return f"{found.get((net, metric), 0):,.0f}"
 
-    cells = found.get(("semantic", "cells"), 0)
-    way = f"{cells:,.0f} cells, {found.get(('semantic', 'probes'), 0):.1f} of them an image"
+    tables = found.get(("semantic", "tables"), 0)
+    way = f"{tables:,.0f} tables of 2^{count('semantic', 'bits')} buckets"
     told = [
         ("Exact copies", count("exact", "copies")),
         ("New ties by perceptual hash", count("perceptual", "pairs")),
         ("New ties by embedding", count("semantic", "pairs")),
-        ("New embeddings compared", f"{way}" if cells else "each with every other"),
+        ("New embeddings compared", way if tables else "each with every other"),
     ]
-    if cells:
+    if tables:
         sample = f"{count('semantic', 'sampled_pairs')} pairs of {count('semantic', 'sampled')}"
         told += [
             (label, f"{found.get(('semantic', name), 0):.4f}, on {sample} sampled images")

@@ -12,23 +12,23 @@ from stages.base import Config, operational
 
 class SearchConfig(Config):
     """The search for close embeddings. Up to ``exhaustive_below`` images every pair is looked at;
-    beyond, images are parted into cells, and those near a border are compared across it."""
+    beyond, those that share a bucket of one of several tables (`stages.dedup.sketches`)."""
 
     exhaustive_below: int = Field(20_000, ge=0)
-    cells: int | None = Field(None, ge=1)
-    """How many cells. None: twice the square root of the number of images."""
-    reach: float = Field(0.55, gt=0, le=1)
-    """How near to a border an image is compared across it, as a share of the distance at which
-    no close pair can be missed. 1 finds every pair and costs as much as looking at all of them."""
-    max_reach: float = Field(1.0, gt=0, le=1)
-    """``reach`` is raised by half up to this where too few pairs are found."""
+    bits: int | None = Field(None, ge=0, le=24)
+    """Planes that part the images of a table into buckets. None: as many as cost the least."""
+    tables: int | None = Field(None, ge=1)
+    """Tables of buckets to begin with. None: as many as it takes to find pairs of just the least
+    cosine as often as ``recall`` asks for."""
+    max_tables: int = Field(512, ge=1)
+    """``tables`` are doubled up to this where too few pairs are found."""
     recall: float = Field(0.995, ge=0, le=1)
     """Of the close pairs of a sample of images, at least this share must be found."""
     sample: int = Field(2_000, ge=1)
     """Images that are compared with all others to measure the recall."""
     gpus: float = operational(0.0, ge=0, le=1)
-    """GPU, or share of one, that each part of a search is given; 0: it runs on CPUs. What a GPU
-    finds is looked at again on a CPU, so the outcome is the same."""
+    """GPU, or share of one, that each part of an exhaustive search is given; 0: it runs on CPUs.
+    What a GPU finds is looked at again on a CPU, so the outcome is the same."""
 
     @property
     def device(self) -> str:

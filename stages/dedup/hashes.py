@@ -13,8 +13,8 @@ import pyarrow as pa
 
 from stages.base import Context
 from stages.dedup.config import DedupConfig
+from stages.dedup.exhaustive import every_pair
 from stages.dedup.images import Images, Mask, Rows, Vectors
-from stages.dedup.search import every_pair
 from stages.dedup.ties import Ties, gathered, pair_cosines
 
 _BITS = 256

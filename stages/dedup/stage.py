@@ -52,7 +52,7 @@ class DedupStage(DatasetStage):
     """
 
     name = "dedup"
-    version = 2
+    version = 3
 
     def __init__(self, config: DedupConfig, images: ImageConfig) -> None:
         """``images`` is how the run's images were decoded; evaluation sets are decoded alike."""

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from stages.dedup.images import Mask, Matrix, Rows, Vectors
 
 _NO_ROWS = np.zeros(0, dtype=np.int64)
-_TOLERANCE = 1e-6  # equal vectors have a cosine of 1 but for rounding
+TOLERANCE = 1e-6  # equal vectors have a cosine of 1 but for rounding
 
 
 class UnionFind:
@@ -113,7 +113,7 @@ def above(
     import torch
 
     products = torch.from_numpy(left).to(device) @ torch.from_numpy(right).to(device).T
-    hits = (products >= floor - _TOLERANCE).nonzero(as_tuple=True)
+    hits = (products >= floor - TOLERANCE).nonzero(as_tuple=True)
     i, j = (hit.cpu().numpy() for hit in hits)
     return i, j, products[hits].cpu().numpy()
 
@@ -126,7 +126,7 @@ def verified(vectors: Vectors, left: Rows, right: Rows, cosine: float, watch: Ma
     lefts, i = np.unique(left, return_inverse=True)
     rights, j = np.unique(right, return_inverse=True)
     cosines = (vectors.read(lefts) @ vectors.read(rights).T)[i, j]
-    good = cosines >= cosine - _TOLERANCE
+    good = cosines >= cosine - TOLERANCE
     return Ties.of(left[good], right[good], cosines[good], watch)
 
 

@@ -116,7 +116,7 @@ def compare(kind: str, rows: int, planted: int, config: SearchConfig) -> list[di
         _line(f"{name}: recall", right / max(len(truth), 1), "", "FAISS, every pair"),
         _line(f"{name}: precision", right / max(len(found), 1), "", "FAISS, every pair"),
         _line(f"{name}: recall as the run measures it", measured.recall, ""),
-        _line(f"{name}: probes of {measured.cells} cells", measured.probes, ""),
+        _line(f"{name}: tables of 2^{measured.bits} buckets", measured.tables, ""),
         _line(f"{name}: time", seconds, "s", "FAISS, every pair", seconds / theirs),
         _line(f"{name}: FAISS, every pair", theirs, "s"),
     ]
@@ -136,7 +136,7 @@ def growth(sizes: list[int], config: SearchConfig) -> list[dict[str, Any]]:
             _line(f"growth {rows:,}: peak memory", peak.bytes / 2**30, "GiB"),
             _line(f"growth {rows:,}: sampled recall", measured.recall, ""),
             _line(f"growth {rows:,}: sampled pairs", measured.sampled_pairs, ""),
-            _line(f"growth {rows:,}: probes of {measured.cells} cells", measured.probes, ""),
+            _line(f"growth {rows:,}: tables of 2^{measured.bits} buckets", measured.tables, ""),
         ]
     if len(sizes) > 1:
         slope = float(np.polyfit(np.log(sizes), np.log(times), 1)[0])

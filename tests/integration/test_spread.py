@@ -74,7 +74,7 @@ def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -
     values = rng.normal(size=(3_000, 32))
     values[1::5] = values[::5] + 0.05 * rng.normal(size=(600, 32))
     vectors.write(rows, values.astype(np.float16))
-    fresh, config = np.ones(3_000, dtype=np.bool_), SearchConfig(exhaustive_below=0, cells=40)
+    fresh, config = np.ones(3_000, dtype=np.bool_), SearchConfig(exhaustive_below=0, bits=5)
     found = []
     spread = Spread(Store(str(tmp_path / "run")), "dedup")
 

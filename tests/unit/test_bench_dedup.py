@@ -10,7 +10,7 @@ import pytest
 from stages.dedup import SearchConfig
 from tests.bench.dedup import compare, embeddings, growth
 
-SMALL = SearchConfig(exhaustive_below=0, cells=40)
+SMALL = SearchConfig(exhaustive_below=0)
 
 
 @pytest.mark.parametrize(("kind", "median"), [("isotropic", 0.0), ("CLIP-like", 0.6)])

@@ -17,7 +17,16 @@ import pytest
 from PIL import Image
 
 from stages.base import LocalContext
-from stages.dedup import DedupConfig, DedupStage, SearchConfig, UnionFind, hashes, search, ties
+from stages.dedup import (
+    DedupConfig,
+    DedupStage,
+    SearchConfig,
+    UnionFind,
+    exhaustive,
+    hashes,
+    search,
+    ties,
+)
 from stages.dedup import images as dedup_images
 from stages.errors import RunError
 from stages.keeper import ImageConfig, perceptual_hash
@@ -211,7 +220,7 @@ def test_equals_brute_force_in_any_order_of_shards(
     expected = brute_force(rows, vectors, config)
     assert 20 < len(expected) < 280
 
-    monkeypatch.setattr(search, "_BLOCK", 64)
+    monkeypatch.setattr(exhaustive, "BLOCK", 64)
     seen = []
     for seed in range(3):
         order = RNG(seed).permutation(len(rows))
@@ -373,7 +382,7 @@ def many(count: int, seed: int = 0) -> tuple[list[dict[str, Any]], dict[str, np.
     return rows, vectors
 
 
-CELLS = DedupConfig(search=SearchConfig(exhaustive_below=0, cells=30))
+BUCKETS = DedupConfig(search=SearchConfig(exhaustive_below=0, bits=4))
 
 
 class Threads(LocalContext):
@@ -394,10 +403,12 @@ def test_shards_workers_and_batches_change_nothing(
 ) -> None:
     rows, vectors = many(900)
     seen = []
-    for number, (workers, batch, tasks) in enumerate([(1, 8192, 64), (3, 7, 5), (2, 100, 1)]):
+    for number, (workers, batch, rows_a_part) in enumerate(
+        [(1, 8192, 1 << 22), (3, 7, 100), (2, 100, 400)]
+    ):
         monkeypatch.setattr(dedup_images, "_BATCH", batch)
-        monkeypatch.setattr(search, "_TASKS", tasks)
-        monkeypatch.setattr(search, "_FEW", 1)
+        monkeypatch.setattr(search, "_ROWS", rows_a_part)
+        monkeypatch.setattr(exhaustive, "_FEW", 1)
         folder = tmp_path / str(number)
         folder.mkdir()
         parts = np.array_split(RNG(number).permutation(len(rows)), 1 + 2 * number)
@@ -411,48 +422,49 @@ def test_shards_workers_and_batches_change_nothing(
                 ],
             ),
         }  # fmt: skip
-        DedupStage(CELLS, ImageConfig()).run(inputs, folder, Threads(workers))
+        DedupStage(BUCKETS, ImageConfig()).run(inputs, folder, Threads(workers))
         tables = [pq.read_table(folder / f"{t}.parquet") for t in ("clusters", "dedup")]
         seen.append([table.to_pylist() for table in tables])
     assert seen[0] == seen[1] == seen[2]
     measured = facts(folder)
-    assert measured["semantic", "cells"] == 30
+    assert measured["semantic", "bits"] == 4
+    assert measured["semantic", "tables"] > 1
     assert measured["semantic", "sampled_pairs"] > 50
     assert measured["semantic", "recall"] >= 0.995
     assert measured["semantic", "precision"] == 1.0
 
 
-def test_cells_find_what_brute_force_finds(tmp_path: Path) -> None:
+def test_buckets_find_what_brute_force_finds(tmp_path: Path) -> None:
     rows, vectors = many(700, seed=1)
-    search_ = SearchConfig(exhaustive_below=0, cells=30, reach=1.0)
+    search_ = SearchConfig(exhaustive_below=0, bits=4, tables=200)
     config = DedupConfig(search=search_, cluster_cosine=None)
     found = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
     assert clusters(found) == brute_force(rows, vectors, config)
     assert facts(tmp_path)["semantic", "recall"] == 1.0
 
 
-def test_too_little_recall_raises_the_reach_or_stops_the_run(tmp_path: Path) -> None:
+def test_too_little_recall_takes_more_tables_or_stops_the_run(tmp_path: Path) -> None:
     rows, vectors = many(900, seed=2)
-    shy = SearchConfig(exhaustive_below=0, cells=300, reach=0.01, recall=1.0)
+    shy = SearchConfig(exhaustive_below=0, bits=12, tables=1, recall=0.9)
     config = DedupConfig(search=shy, semantic_cosine=0.9)
     run(tmp_path, [download(rows)], [embeddings(vectors)], config)
     measured = facts(tmp_path)
-    assert measured["semantic", "recall"] == 1.0
-    assert 0.01 < measured["semantic", "reach"] <= 1.0
-    low = config.model_copy(update={"search": shy.model_copy(update={"max_reach": 0.01})})
+    assert measured["semantic", "recall"] >= 0.9
+    assert measured["semantic", "tables"] > 1
+    low = config.model_copy(update={"search": shy.model_copy(update={"max_tables": 1})})
     with pytest.raises(
-        RunError, match=r"found 0\.\d+, less than dedup\.search\.recall .*max_reach"
+        RunError, match=r"found 0\.\d+, less than dedup\.search\.recall .*max_tables"
     ):
         run(tmp_path, [download(rows)], [embeddings(vectors)], low)
 
 
-@pytest.mark.parametrize("config", [DedupConfig(), CELLS], ids=["every pair", "cells"])
+@pytest.mark.parametrize("config", [DedupConfig(), BUCKETS], ids=["every pair", "buckets"])
 @pytest.mark.parametrize("guard", [0.85, 0.969])
 def test_a_later_round_comes_to_what_one_round_would(
     tmp_path: Path, config: DedupConfig, guard: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, vectors = many(600, seed=3)
-    search_ = config.search.model_copy(update={"reach": 1.0})
+    search_ = config.search.model_copy(update={"tables": 200})
     config = config.model_copy(update={"search": search_, "cluster_cosine": guard})
     at_once = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
     run(tmp_path, [download(rows[:400])], [embeddings(vectors)], config)
@@ -481,19 +493,19 @@ def test_a_later_round_comes_to_what_one_round_would(
 
 def test_an_earlier_round_without_news_needs_no_search(tmp_path: Path) -> None:
     rows, vectors = many(100)
-    first = run(tmp_path, [download(rows)], [embeddings(vectors)], CELLS)
+    first = run(tmp_path, [download(rows)], [embeddings(vectors)], BUCKETS)
     earlier = (tmp_path / "clusters.parquet").rename(tmp_path / "earlier.parquet")
     inputs = {
         "download": write_shards(tmp_path, "download", [download(rows)]),
         "embeddings": write_shards(tmp_path, "embeddings", [embeddings(vectors)]),
         "earlier": [earlier],
     }
-    DedupStage(CELLS, ImageConfig()).run(inputs, tmp_path, LocalContext())
+    DedupStage(BUCKETS, ImageConfig()).run(inputs, tmp_path, LocalContext())
     again = pq.read_table(tmp_path / "clusters.parquet").to_pylist()
     assert {row["sample_id"]: row for row in again} == first
 
 
-@pytest.mark.parametrize("config", [DedupConfig(), CELLS], ids=["every pair", "cells"])
+@pytest.mark.parametrize("config", [DedupConfig(), BUCKETS], ids=["every pair", "buckets"])
 def test_thousands_of_pictures_that_are_all_alike(tmp_path: Path, config: DedupConfig) -> None:
     """Each its own file: two million pairs, some thousand ties."""
     vectors = {f"{i:04d}": near(unit(1, 16), 0.9999, i) for i in range(2_000)}

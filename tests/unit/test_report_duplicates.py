@@ -15,8 +15,8 @@ from tests.tables import filled
 
 FOUND = {
     ("exact", "copies"): 12.0,
-    ("semantic", "cells"): 894.0,
-    ("semantic", "probes"): 7.25,
+    ("semantic", "tables"): 35.0,
+    ("semantic", "bits"): 13.0,
     ("semantic", "pairs"): 1234.0,
     ("semantic", "sampled"): 2000.0,
     ("semantic", "sampled_pairs"): 321.0,
@@ -46,7 +46,7 @@ def test_the_report_tells_recall_and_the_widest_cluster(tmp_path: Path) -> None:
     store = searched(tmp_path / "run")
     told = dict(read_duplicates(store, read_facts(store).rounds))
     assert told["Exact copies"] == "12"
-    assert told["New embeddings compared"] == "894 cells, 7.2 of them an image"
+    assert told["New embeddings compared"] == "35 tables of 2^13 buckets"
     assert told["Recall"] == "0.9987, on 321 pairs of 2,000 sampled images"
     assert told["Widest cluster"] == "least cosine 0.871, 9 images"
     assert told["Images that evaluation sets show"] == "3"
