@@ -4,8 +4,9 @@
     perceptual  close 256-bit DCT hashes, and embeddings that agree (hashes alone collide)
     semantic    close embeddings
 
-`hashes` and `search` find what each net ties, `clusters` joins it, `contamination` looks for
-pictures of evaluation sets, `stage` puts them together. Earlier, `copies` looks which images are
+`hashes` and `search` find what each net ties (`search` by `sketches` and their `buckets`, or
+`exhaustive`), `clusters` joins it, `contamination` looks for pictures of evaluation sets, `stage`
+puts them together. Earlier, `copies` looks which images are
 so much alike that one captioning does for all.
 """
 

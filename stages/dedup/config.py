@@ -19,7 +19,7 @@ class SearchConfig(Config):
     """Planes that part the images of a table into buckets. None: as many as cost the least."""
     tables: int | None = Field(None, ge=1)
     """Tables of buckets to begin with. None: as many as it takes to find pairs of just the least
-    cosine as often as ``recall`` asks for."""
+    cosine more often than ``recall`` asks for."""
     max_tables: int = Field(512, ge=1)
     """``tables`` are doubled up to this where too few pairs are found."""
     recall: float = Field(0.995, ge=0, le=1)

@@ -36,6 +36,8 @@ _TRIALS = 2_000
 _SPARE = 8
 """Bits that a close pair's sketches may differ by beyond what any made-up pair's do."""
 _MOST_BITS = 24
+_MARGIN = 5
+"""A plan allows for one in so many of the misses that the recall asked for allows."""
 _ROW_COST = 20
 """Putting a row into a table takes as long as comparing so many pairs of sketches."""
 _TABLES_AT_ONCE = 16
@@ -205,10 +207,11 @@ def _cheapest(
 
 def _enough_tables(shared: npt.NDArray[np.float64], config: SearchConfig) -> int:
     """So many that pairs which share a bucket of one table with chances ``shared`` share one of
-    any table as often as ``recall`` asks for."""
+    any table as often as ``recall`` asks for, and more."""
+    aim = 1 - (1 - config.recall) / _MARGIN
     low, high = 1, config.max_tables + 1
     while low < high:
         middle = (low + high) // 2
         found = float((1 - (1 - shared) ** middle).mean())
-        low, high = (low, middle) if found >= config.recall else (middle + 1, high)
+        low, high = (low, middle) if found >= aim else (middle + 1, high)
     return low

@@ -1,18 +1,22 @@
 """What the engine itself costs on a large cluster: real records, stages that only sleep.
 
-    python -m tests.bench.scale [--json FILE] [--gpus 64 128] [--shards 20000] [--seconds 10]
+    python -m tests.bench.scale [--json FILE] [--gpus 64 128 256 512] [--replicas 64]
+                                [--shards 20000] [--seconds 8]
     python -m tests.bench.scale --raylets [--shards 200] [--seconds 1]
 
 The unmodified engine runs download, caption, filter and embed over source shards of one row, on a
-`cluster_utils` cluster whose nodes have eight fake GPUs each. A stage sleeps its part of
-``--seconds``, the GPU time of a shard, then writes its table and publishes its record. Every
-replica holds one fake GPU and is a real process of some 100 to 200 MiB, so this machine's memory
-bounds how many GPUs it can simulate: about 64 in 16 GiB. Its cores bound the driver too, which
-shares them with all its workers: figures at many GPUs are worse than a cluster's.
+`cluster_utils` cluster of fake GPUs. A stage sleeps its part of ``--seconds``, the GPU time of a
+shard, then writes its table and publishes its record. Every replica is a real process of some 100
+to 200 MiB, so this machine's memory bounds their number, and beyond ``--replicas`` a replica holds
+several GPUs, which take a shard together in as much less time. Its cores bound the driver too,
+which shares them with all its workers: figures at many GPUs are worse than a cluster's.
 
-Overhead is the wall time of a shard beyond what sleeping takes at best; the GPU idle share is one
-minus time asleep over (GPUs times the time from the first GPU work's start to the last one's end),
-by the records; driver memory is the driver's own PSS.
+Overhead is the wall time of a shard beyond what sleeping takes at best, the start of the workers
+included. The GPU idle share is one minus time asleep over (GPUs times the time from the first GPU
+work's start to the last one's end), by the records; ``steady`` is that of the middle half of this
+time, in which no stage waits for the first shards or has run out of the last. Shares of a shard's
+GPU time are those of the replicas, so that all stages are equally fast: who gives the stages other
+shares of the GPUs than they need has idle ones whatever runs them. Driver memory is its own PSS.
 """
 
 from __future__ import annotations
@@ -48,10 +52,11 @@ from stages.schemas import (
 )
 from tests.tables import filled
 
-_GPUS_A_NODE = 8
+_NODES = 8
 _PARTS = {"caption": 0.6, "filter": 0.3, "embed": 0.1}
-"""Share of a shard's GPU time, and so of the GPUs."""
-_DOWNLOADS_A_GPU = 1 / 8
+"""Share of the GPUs, and so of a shard's GPU time."""
+_DOWNLOADS = 1 / 8
+"""Replicas of download for each of the GPU stages'."""
 _SCHEMAS = {
     "download": (SOURCES, DOWNLOAD),
     "caption": (IMAGES, CAPTIONS),
@@ -101,6 +106,8 @@ class Result:
     overhead: float
     """Seconds of wall time a shard, beyond what sleeping takes."""
     idle: float
+    steady: float
+    """`idle` in the middle half of the time."""
     memory: tuple[int, int]
     """Bytes of the driver in the second quarter and in the last."""
 
@@ -127,32 +134,33 @@ def make_sources(store: Store, count: int) -> dict[str, tuple[str, str]]:
     return made
 
 
-def replicas(gpus: int) -> dict[str, int]:
-    """GPU stage → its GPUs; together ``gpus``, at least one each."""
-    embed, filter_ = (max(1, round(_PARTS[name] * gpus)) for name in ("embed", "filter"))
-    return {"caption": gpus - filter_ - embed, "filter": filter_, "embed": embed}
+def replicas(count: int) -> dict[str, int]:
+    """GPU stage → its replicas; together ``count``, at least one each."""
+    embed, filter_ = (max(1, round(_PARTS[name] * count)) for name in ("embed", "filter"))
+    return {"caption": count - filter_ - embed, "filter": filter_, "embed": embed}
 
 
-def tasks_for(gpus: int, seconds: float) -> list[ShardTask]:
-    """The four stages, each replica on a GPU of its own; downloads are fast enough for all."""
-    count = max(1, round(gpus * _DOWNLOADS_A_GPU))
-    needs = Resources(cpus=0.01, min_replicas=count, max_replicas=count)
-    download = Sleep(seconds=seconds / gpus * count / 2, resources=needs)
+def tasks_for(gpus: int, count: int, seconds: float) -> list[ShardTask]:
+    """The four stages, ``count`` replicas on ``gpus`` GPUs; downloads are fast enough for all."""
+    downloads = max(1, round(count * _DOWNLOADS))
+    needs = Resources(cpus=0.01, min_replicas=downloads, max_replicas=downloads)
+    download = Sleep(seconds=seconds / gpus * downloads / 2, resources=needs)
     tasks = [SleepingTask("download", 1, download)]
-    for name, held in replicas(gpus).items():
-        needs = Resources(cpus=0.01, gpus=1, min_replicas=held, max_replicas=held)
-        config = Sleep(seconds=seconds * _PARTS[name], resources=needs)
+    for name, held in replicas(count).items():
+        needs = Resources(cpus=0.01, gpus=gpus // count, min_replicas=held, max_replicas=held)
+        config = Sleep(seconds=seconds * held / gpus, resources=needs)
         tasks.append(SleepingTask(name, 1, config))
     return list(tasks)
 
 
-def measure(gpus: int, raylets: int, shards: int, seconds: float, folder: Path) -> Result:
-    """One run over ``shards`` shards on ``raylets`` nodes that have ``gpus`` together."""
+def measure(gpus: int, raylets: int, options: argparse.Namespace, folder: Path) -> Result:
+    """One run over all shards on ``raylets`` nodes that have ``gpus`` together."""
+    shards, seconds, count = options.shards, options.seconds, min(gpus, options.replicas)
     store = Store(str(folder / f"run-{gpus}-{raylets}"))
     store.ensure()
     known = make_sources(store, shards)
-    tasks = tasks_for(gpus, seconds)
-    here = {"num_cpus": gpus, "num_gpus": gpus // raylets}
+    tasks = tasks_for(gpus, count, seconds)
+    here = {"num_cpus": 4, "num_gpus": gpus // raylets}
     cluster = Cluster(initialize_head=True, head_node_args=here)
     try:
         for _ in range(raylets - 1):
@@ -173,11 +181,27 @@ def measure(gpus: int, raylets: int, shards: int, seconds: float, folder: Path) 
         cluster.shutdown()
     done = [record for record in store.read_records(store.record_names()) if record.stage in _PARTS]
     assert len(done) == len(_PARTS) * shards, "shards are missing"
-    span = max(r.finished for r in done) - min(r.started for r in done)
-    best = max(shards * seconds * _PARTS[name] / held for name, held in replicas(gpus).items())
+    asleep = [
+        (r.started, r.started + seconds * replicas(count)[r.stage] / gpus, gpus // count)
+        for r in done
+    ]
+    begin, end = min(r.started for r in done), max(r.finished for r in done)
+    edge = (end - begin) / 4
     quarter = max(1, len(watch.bytes) // 4)
-    memory = max(watch.bytes[quarter : 2 * quarter] or watch.bytes), max(watch.bytes[-quarter:])
-    return Result(wall, (wall - best) / shards, 1 - shards * seconds / (span * gpus), memory)
+    return Result(
+        wall,
+        (wall - shards * seconds / gpus) / shards,
+        _idle(asleep, begin, end, gpus),
+        _idle(asleep, begin + edge, end - edge, gpus),
+        (max(watch.bytes[quarter : 2 * quarter] or watch.bytes), max(watch.bytes[-quarter:])),
+    )
+
+
+def _idle(asleep: list[tuple[float, float, int]], begin: float, end: float, gpus: int) -> float:
+    """Share of GPU time between ``begin`` and ``end`` in which nothing slept; of each sleep its
+    start, its end and the GPUs that it held."""
+    busy = sum(max(0.0, min(b, end) - max(a, begin)) * held for a, b, held in asleep)
+    return 1 - busy / ((end - begin) * gpus)
 
 
 def _own_memory() -> int:
@@ -208,18 +232,20 @@ class _Watch:
 
 
 def by_gpus(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
-    print("  GPUs   wall s   overhead ms/shard   GPU idle   driver MiB: 2nd quarter, last")
+    print("  GPUs  shards/s   wall s   overhead ms/shard   GPU idle   steady"
+          "   driver MiB: 2nd quarter, last")  # fmt: skip
     rows: list[dict[str, object]] = []
     for gpus in options.gpus:
-        nodes = max(1, gpus // _GPUS_A_NODE)
-        found = measure(gpus, nodes, options.shards, options.seconds, folder)
+        found = measure(gpus, min(_NODES, gpus // 4), options, folder)
         early, late = (held / 2**20 for held in found.memory)
-        print(f"{gpus:6d} {found.wall:8.1f} {1e3 * found.overhead:19.2f} {found.idle:10.1%}"
-              f"   {early:.0f}, {late:.0f}")  # fmt: skip
+        print(f"{gpus:6d} {options.shards / found.wall:9.1f} {found.wall:8.1f}"
+              f" {1e3 * found.overhead:19.2f} {found.idle:10.1%} {found.steady:8.1%}"
+              f"   {early:.0f}, {late:.0f}", flush=True)  # fmt: skip
         told = {"against": f"{options.shards} shards, {gpus} fake GPUs", "ratio": None}
         rows += [
             {"metric": "overhead a shard", "value": found.overhead, "unit": "s", **told},
             {"metric": "GPU idle share", "value": found.idle, "unit": "1", **told},
+            {"metric": "GPU idle share, steady", "value": found.steady, "unit": "1", **told},
             {"metric": "driver memory", "value": late, "unit": "MiB", **told,
              "ratio": late / early},
         ]  # fmt: skip
@@ -229,7 +255,7 @@ def by_gpus(options: argparse.Namespace, folder: Path) -> list[dict[str, object]
 def two_raylets(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
     """The same replicas and work on one node and on two."""
     gpus = options.gpus[0]
-    one, two = (measure(gpus, n, options.shards, options.seconds, folder).wall for n in (1, 2))
+    one, two = (measure(gpus, n, options, folder).wall for n in (1, 2))
     print(f"one raylet {one:.1f} s, two {two:.1f} s: efficiency {one / two:.1%}")
     return [{"metric": "two raylets: wall", "value": two, "unit": "s",
              "against": "one raylet", "ratio": one / two}]  # fmt: skip
@@ -238,7 +264,8 @@ def two_raylets(options: argparse.Namespace, folder: Path) -> list[dict[str, obj
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--gpus", type=int, nargs="+", default=[4, 8], help="fake GPUs, at least 3")
+    parser.add_argument("--gpus", type=int, nargs="+", default=[4, 8], help="fake GPUs, at least 4")
+    parser.add_argument("--replicas", type=int, default=64, help="of all GPU stages, at most")
     parser.add_argument("--shards", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=0.5, help="GPU time of a shard")
     parser.add_argument("--raylets", action="store_true", help="only: two raylets against one")
