@@ -13,7 +13,7 @@ from torch import nn
 
 from stages.errors import ConfigError
 from stages.models.images import Preprocessing
-from stages.models.int8 import quantized
+from stages.models.linear import Int8Linear, PackedLinear, can_pack, with_linears
 
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
@@ -54,7 +54,9 @@ class InferenceModel:
     def place(self, module: M) -> M:
         """``module`` on the device, in the model's numbers."""
         placed = module.to(self.device, self.dtype)
-        return quantized(placed) if self.int8 else placed
+        if self.int8:
+            return with_linears(placed, Int8Linear)
+        return with_linears(placed, PackedLinear) if can_pack(self.device, self.dtype) else placed
 
     def batches(self, count: int, run: Callable[[slice], R]) -> Iterator[R]:
         """``run`` over ``count`` items, ``batch_size`` at a time, in order."""

@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from stages.base import Config
+from stages.models.linear import gelu_of
 from stages.models.vision import (
     INITIALIZER_STD,
     VisionConfig,
@@ -186,7 +187,7 @@ class _Intermediate(nn.Module):
         self.dense = nn.Linear(config.width, config.mlp_width)
 
     def forward(self, states: Tensor) -> Tensor:
-        return F.gelu(cast(Tensor, self.dense(states)))
+        return gelu_of(self.dense, states)
 
 
 class _TextLayer(nn.Module):
@@ -378,7 +379,7 @@ class LMHead(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """(…, D) hidden states → (…, vocabulary) logits."""
-        states = self.transform.LayerNorm(F.gelu(self.transform.dense(states)))
+        states = self.transform.LayerNorm(gelu_of(self.transform.dense, states))
         return cast(Tensor, self.decoder(states))
 
 

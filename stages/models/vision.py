@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from stages.base import Config
+from stages.models.linear import gelu_of
 
 INITIALIZER_STD = 0.02
 
@@ -127,7 +128,7 @@ class _MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, states: Tensor) -> Tensor:
-        return cast(Tensor, self.fc2(F.gelu(self.fc1(states))))
+        return cast(Tensor, self.fc2(gelu_of(self.fc1, states)))
 
 
 class _VisionLayer(nn.Module):

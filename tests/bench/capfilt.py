@@ -31,7 +31,6 @@ import io
 import itertools
 import json
 import multiprocessing
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -215,7 +214,10 @@ def _measured(
     rate = count / (time.perf_counter() - started)
     if setting.device == "cuda":
         return rate, torch.cuda.max_memory_allocated() / 2**30
-    return rate, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    # Not getrusage's: its maximum goes back to the process that started this one.
+    lines = Path("/proc/self/status").read_text().splitlines()
+    most = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    return rate, most / 2**20
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Linear layers in 8-bit integers."""
+"""Linear layers for inference: packed, and in 8-bit integers."""
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from stages.models.int8 import Int8Linear, quantized
+from stages.models.linear import Int8Linear, PackedLinear, can_pack, gelu_of, with_linears
 
 
 def test_products_are_those_of_the_rounded_factors() -> None:
@@ -45,6 +47,41 @@ def test_zeros_and_no_rows() -> None:
 
 def test_only_linear_layers_are_replaced() -> None:
     module = nn.Sequential(nn.Embedding(5, 8), nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)))
-    kinds = [type(part) for part in quantized(module).modules()]
+    kinds = [type(part) for part in with_linears(module, Int8Linear).modules()]
     expected = [nn.Sequential, nn.Embedding, nn.Sequential, Int8Linear, nn.LayerNorm]
     assert kinds == expected
+
+
+needs_onednn = pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.float32), reason="torch is built without oneDNN"
+)
+
+
+@needs_onednn
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (8,), (3, 77), (0,)])
+def test_packed_weights_give_the_same_products(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, states = nn.Linear(40, 24, bias=bias), torch.randn(*shape, 40)
+    packed = PackedLinear(linear)
+    torch.testing.assert_close(packed(states), linear(states), atol=1e-6, rtol=1e-5)
+    # Exact GELU, not the one with a hyperbolic tangent, which is off by up to 5e-4.
+    expected = F.gelu(linear(states))
+    torch.testing.assert_close(gelu_of(packed, states), expected, atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(gelu_of(linear, states), expected)
+
+
+@needs_onednn
+@torch.inference_mode()
+def test_packed_layers_take_views() -> None:
+    torch.manual_seed(0)
+    linear, states = nn.Linear(16, 8), torch.randn(5, 16, 7).transpose(1, 2)
+    torch.testing.assert_close(PackedLinear(linear)(states), linear(states))
+    states = torch.randn(5, 3, 16)[:, -1]
+    torch.testing.assert_close(PackedLinear(linear)(states), linear(states))
+
+
+def test_only_float32_on_a_cpu_is_packed() -> None:
+    assert not can_pack(torch.device("cpu"), torch.bfloat16)
+    assert not can_pack(torch.device("cuda"), torch.float32)
