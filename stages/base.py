@@ -11,10 +11,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -222,9 +225,23 @@ def batches(files: Iterable[Path], columns: Sequence[str]) -> Iterator[pa.Table]
     import pyarrow.parquet as pq
 
     for file in files:
-        with pq.ParquetFile(file, buffer_size=1 << 16) as parquet:
-            for batch in parquet.iter_batches(10_000, columns=list(columns)):
+        with pq.ParquetFile(file, buffer_size=PAGE_BUFFER) as parquet:
+            for batch in record_batches(parquet, 10_000, columns):
                 yield pa.Table.from_batches([batch])
+
+
+PAGE_BUFFER = 1 << 16
+"""Bytes of a column that are read at once: a row group may hold a million rows."""
+
+
+def record_batches(
+    parquet: pq.ParquetFile, rows: int, columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
+    """Batches of at most ``rows`` rows, one row group after the other: asked for all at once,
+    Arrow keeps the buffers of each from the start, and memory would grow with the file."""
+    for group in range(parquet.num_row_groups):
+        # Threads of its own would each keep memory, and read faster than rows are made of it.
+        yield from parquet.iter_batches(rows, [group], list(columns), use_threads=False)
 
 
 def read_table(files: Sequence[Path], schema: pa.Schema, columns: Sequence[str]) -> pa.Table:

@@ -26,7 +26,7 @@ import pyarrow as pa
 from pydantic import Field, field_validator
 
 from stages import media
-from stages.base import Config
+from stages.base import PAGE_BUFFER, Config, record_batches
 from stages.errors import SourceError
 
 Kind = Literal["auto", "table", "webdataset", "human"]
@@ -130,15 +130,12 @@ def read_parquet(file: SourceFile) -> Iterator[Record]:
     import pyarrow.parquet as pq
 
     with fsspec.open(file.path, "rb") as stream:
-        # Read page by page: a row group may hold a million rows.
-        table = pq.ParquetFile(stream, buffer_size=1 << 16)
+        table = pq.ParquetFile(stream, buffer_size=PAGE_BUFFER)
         columns = find_columns(file, table.schema_arrow.names)
         for name in (columns.url, *columns.texts):
             _check_type(file, name, table.schema_arrow.field(name).type)
         numbers = itertools.count()
-        # Threads of its own would each keep memory, and read faster than rows are made of it.
-        batches = table.iter_batches(BATCH_ROWS, columns=columns.all, use_threads=False)
-        for batch in batches:
+        for batch in record_batches(table, BATCH_ROWS, columns.all):
             for row in batch.to_pylist():
                 yield from columns.records(next(numbers), row)
 

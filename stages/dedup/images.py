@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from stages.base import read_table
+from stages.base import read_table, record_batches
 from stages.errors import RunError
 from stages.schemas import DOWNLOAD, EMBEDDINGS
 
@@ -139,7 +139,7 @@ def _batches(file: Path) -> Iterator[pa.Table]:
     names = ["sample_id", "embedding", "status", "model"]
     kinds = pa.schema([EMBEDDINGS.field(name) for name in names])
     with pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(_BATCH, columns=names):
+        for batch in record_batches(parquet, _BATCH, names):
             yield pa.Table.from_batches([batch]).select(names).cast(kinds)
 
 
