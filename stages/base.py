@@ -6,7 +6,6 @@ table; `DatasetStage` sees a whole round at once. The engine decides where and w
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,14 +139,14 @@ class Context(Protocol):
 
 
 class LocalContext:
-    """A `Context` in the calling process: one worker, which maps over threads, no progress,
+    """A `Context` in the calling process: one worker, which maps over ``threads``, no progress,
     checkpoints in a folder."""
 
     rank = 0
     world_size = 1
 
-    def __init__(self, checkpoints: Path | None = None) -> None:
-        self._checkpoints = checkpoints
+    def __init__(self, checkpoints: Path | None = None, threads: int = 1) -> None:
+        self._checkpoints, self._threads = checkpoints, threads
 
     def map(
         self,
@@ -156,8 +155,9 @@ class LocalContext:
         reads: Sequence[Path] = (),
         gpus: float = 0.0,
     ) -> list[R]:
-        # Numpy and torch let other threads run while they compute.
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        if self._threads == 1:
+            return [function(item) for item in items]
+        with ThreadPoolExecutor(self._threads) as pool:
             return list(pool.map(function, items))
 
     def progress(self, message: str, done: int, total: int) -> None:

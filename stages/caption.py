@@ -27,7 +27,7 @@ class CaptionStage(ModelStage[CaptionConfig, Captioner]):
     """
 
     name = "caption"
-    version = 2
+    version = 3
     input_schema = IMAGES
     output_schema = CAPTIONS
 

@@ -29,7 +29,7 @@ class EmbedStage(ModelStage[EmbedConfig, Embedder]):
     """
 
     name = "embed"
-    version = 2
+    version = 3
     input_schema = IMAGES
     output_schema = EMBEDDINGS
 

@@ -35,7 +35,7 @@ class FilterStage(ModelStage[FilterConfig, Matcher]):
     """
 
     name = "filter"
-    version = 2
+    version = 3
     input_schema = IMAGES_WITH_TEXTS
     output_schema = SCORES
 

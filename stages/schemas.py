@@ -135,7 +135,7 @@ CLUSTERS = _schema(
         pa.int16(),
         "perceptual net: fewest differing bits to an image it is tied to; null",
     ),
-    ("similarity", pa.float32(), "highest cosine to an image it is tied to; null if to none"),
+    ("similarity", pa.float32(), "highest cosine found to an image it is tied to; null if to none"),
 )
 
 CONTAMINATED = _schema(

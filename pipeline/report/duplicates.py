@@ -37,14 +37,15 @@ def _told(found: Mapping[tuple[str, str], float]) -> list[tuple[str, str]]:
     def count(net: str, metric: str) -> str:
         return f"{found.get((net, metric), 0):,.0f}"
 
-    tables = found.get(("semantic", "tables"), 0)
+    tables = found.get(("semantic", "tables"))
     way = f"{tables:,.0f} tables of 2^{count('semantic', 'bits')} buckets"
     told = [
         ("Exact copies", count("exact", "copies")),
         ("New ties by perceptual hash", count("perceptual", "pairs")),
         ("New ties by embedding", count("semantic", "pairs")),
-        ("New embeddings compared", way if tables else "each with every other"),
     ]
+    if tables is not None:  # runs of earlier versions tell other things
+        told.append(("New embeddings compared", way if tables else "each with every other"))
     if tables:
         sample = f"{count('semantic', 'sampled_pairs')} pairs of {count('semantic', 'sampled')}"
         told += [

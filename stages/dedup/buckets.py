@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from stages.base import LocalContext
-from stages.dedup.exhaustive import between, every_pair
-from stages.dedup.images import Mask, Rows, Vectors
+from stages.dedup.exhaustive import BLOCK
+from stages.dedup.images import Mask, Rows
 from stages.dedup.sketches import Bits, Keys, Plan, Sketches
-from stages.dedup.ties import TOLERANCE, Ties, gathered, pair_cosines
+from stages.dedup.ties import TOLERANCE, Ties, above, gathered, pair_cosines
 
 _MANY = 1024
 """Images of a bucket, from which on they are compared a tile at a time."""
@@ -21,6 +20,9 @@ _PAIRS = 1 << 19
 _PIVOTS = 8
 _CROWD = 8
 """Of a large bucket, one image in so many must be close to a pivot for a crowd to form round it."""
+
+Pairs = tuple[Rows, Rows, npt.NDArray[np.float32]]
+"""Positions of either side, and their cosines."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Part:
 
 
 def parts(plan: Plan, rows: int, most: int) -> list[Part]:
-    """All tables in parts of about ``most`` rows; what one holds in memory is bounded by that."""
+    """All tables, in parts of ``most`` rows if all buckets were alike. A bucket is never parted."""
     count = min(-(-rows // most), 1 << plan.bits)
     return [Part(table, number, count) for table in range(plan.tables) for number in range(count)]
 
@@ -41,22 +43,23 @@ def parts(plan: Plan, rows: int, most: int) -> list[Part]:
 def within_buckets(sketches: Sketches, plan: Plan, part: Part, fresh: Mask, watch: Mask) -> Ties:
     """Ties of images that share a bucket of ``part`` and none of an earlier table; of two, one is
     ``fresh`` at least."""
-    order, keys = _ordered(sketches.keys[part.table], plan, part)
-    is_new = fresh[sketches.rows[order]]
+    table = _Table(sketches, part.table, fresh[sketches.rows], watch[sketches.rows])
+    order, keys = _ordered(table.keys[part.table], plan, part)
     starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1])) if len(keys) else order
     sizes = np.diff(np.append(starts, len(keys)))
+    is_new = table.fresh[order]
     news = np.add.reduceat(is_new, starts, dtype=np.int64) if len(starts) else sizes
     wanted = (sizes > 1) & (news > 0)
     large = wanted & (sizes > _MANY)
     found = [
-        _large(sketches.vectors, sketches.rows[np.sort(order[a : a + n])], fresh, sketches, watch)
-        for a, n in zip(starts[large], sizes[large], strict=True)
+        table.ties(pairs)
+        for start, size in zip(starts[large], sizes[large], strict=True)
+        for pairs in table.of_large(np.sort(order[start : start + size]))
     ]
     kept = np.repeat(wanted & ~large, sizes)
     order, keys, is_new = order[kept], keys[kept], is_new[kept]
-    for left, right in _similar(keys, np.asarray(sketches.sketches[order]), is_new, plan.most):
-        pairs = _unmet(sketches.keys, part.table, order[left], order[right])
-        found.append(_close(sketches, *pairs, watch))
+    for left, right in _similar(keys, np.asarray(table.sketches[order]), is_new, plan.most):
+        found.append(table.ties(table.close(order[left], order[right])))
     return gathered(found)
 
 
@@ -99,53 +102,74 @@ def _differing(left: Bits, right: Bits) -> npt.NDArray[np.uint16]:
     return differing
 
 
-def _unmet(keys: Keys, table: int, left: Rows, right: Rows) -> tuple[Rows, Rows]:
-    """Those pairs that no table before ``table`` has in one bucket."""
-    for earlier in range(table):
-        if not len(left):
-            break
-        row = keys[earlier]
-        apart = row[left] != row[right]
-        left, right = left[apart], right[apart]
-    return left, right
+class _Table:
+    """One table, its files opened once. Images are told by their positions in ``rows``."""
 
+    def __init__(self, sketches: Sketches, number: int, fresh: Mask, watch: Mask) -> None:
+        self.vectors, self.cosine = sketches.vectors, sketches.cosine
+        self.rows, self.sketches, self.keys = sketches.rows, sketches.sketches, sketches.keys
+        self.number, self.fresh, self.watch = number, fresh, watch
+        self._seen = np.zeros(sketches.vectors.rows, dtype=np.bool_)
+        self._seen[self.rows[watch]] = True
 
-def _close(sketches: Sketches, left: Rows, right: Rows, watch: Mask) -> Ties:
-    left, right = sketches.rows[left], sketches.rows[right]
-    cosines = pair_cosines(sketches.vectors, left, right)
-    good = cosines >= sketches.cosine - TOLERANCE
-    return Ties.of(left[good], right[good], cosines[good], watch)
+    def ties(self, pairs: Pairs) -> Ties:
+        """Of those pairs that no earlier table has in one bucket."""
+        left, right, cosines = pairs
+        for earlier in self.keys[: self.number]:
+            if not len(left):
+                break
+            apart = earlier[left] != earlier[right]
+            left, right, cosines = left[apart], right[apart], cosines[apart]
+        return Ties.of(self.rows[left], self.rows[right], cosines, self._seen)
 
+    def close(self, left: Rows, right: Rows) -> Pairs:
+        """Those of some pairs that are close."""
+        cosines = pair_cosines(self.vectors, self.rows[left], self.rows[right])
+        good = cosines >= self.cosine - TOLERANCE
+        return left[good], right[good], cosines[good]
 
-def _large(vectors: Vectors, rows: Rows, fresh: Mask, sketches: Sketches, watch: Mask) -> Ties:
-    """Ties of one large bucket.
+    def of_large(self, at: Rows) -> Iterator[Pairs]:
+        """Close pairs of one large bucket, as many as it takes to tie what all of them would.
 
-    Where many of its images are close to one, that one is tied to each of them and, of their own
-    pairs, only the watched ones are looked at: ten thousand pictures that are all alike make fifty
-    million pairs, which say no more than ten thousand ties do.
-    """
-    cosine, found = sketches.cosine, []
-    while len(rows) > _MANY:
-        pivots = rows[:: -(-len(rows) // _PIVOTS)]
-        cosines = np.concatenate(
-            [
-                vectors.read(rows[start : start + _MANY]) @ vectors.read(pivots).T
-                for start in range(0, len(rows), _MANY)
-            ]
-        )
-        close = cosines >= cosine - TOLERANCE
-        best = int(close.sum(axis=0).argmax())
-        crowd = close[:, best]
-        if crowd.sum() * _CROWD < len(rows):
-            break
-        pivot, others = pivots[best], rows[crowd & (rows != pivots[best])]
-        tied = fresh[others] | fresh[pivot]
-        nearest = cosines[crowd & (rows != pivot), best][tied]
-        found.append(Ties.of(np.full(tied.sum(), pivot), others[tied], nearest, watch))
-        inside, outside = rows[crowd], rows[~crowd]
-        found.append(between(vectors, inside[watch[inside]], inside, fresh, cosine, watch))
-        found.append(between(vectors, inside, outside, fresh, cosine, watch))
-        rows = outside
-    new, old = rows[fresh[rows]], rows[~fresh[rows]]
-    found.append(every_pair(vectors, new, old, cosine, LocalContext(), watch))
-    return gathered(found)
+        Where many of its images are close to one, they are tied to that one, and of their own pairs
+        only the watched ones are looked at: ten thousand pictures that are all alike make fifty
+        million pairs, which say no more than ten thousand ties do.
+        """
+        while len(at) > _MANY:
+            pivots = at[:: -(-len(at) // _PIVOTS)]
+            tiles = list(self._tiles(at, pivots))
+            if not tiles:
+                break
+            left, right, cosines = map(np.concatenate, zip(*tiles, strict=True))
+            pivot = pivots[(right[:, None] == pivots).sum(axis=0).argmax()]
+            crowd = np.isin(at, left[right == pivot]) | (at == pivot)
+            if crowd.sum() * _CROWD < len(at):
+                break
+            inside, outside = at[crowd], at[~crowd]
+            pivots = np.intersect1d(pivots, inside)
+            once = np.isin(left, inside) & np.isin(right, pivots)
+            once &= ~np.isin(left, pivots) | (left < right)
+            yield left[once], right[once], cosines[once]
+            for left, right, cosines in self._tiles(inside[self.watch[inside]], inside):
+                once = ~self.watch[right] | (left < right)
+                once &= ~np.isin(left, pivots) & ~np.isin(right, pivots)
+                yield left[once], right[once], cosines[once]
+            yield from self._tiles(inside, outside)
+            at = outside
+        for left, right, cosines in self._tiles(at, at):
+            once = left < right
+            yield left[once], right[once], cosines[once]
+
+    def _tiles(self, left: Rows, right: Rows) -> Iterator[Pairs]:
+        """All close pairs of one of ``left`` and another of ``right``, one of them fresh."""
+        new = self.fresh[left]
+        for ours, theirs in ((left[new], right), (left[~new], right[self.fresh[right]])):
+            for start in range(0, len(ours), BLOCK):
+                side = ours[start : start + BLOCK]
+                unit = self.vectors.read(self.rows[side])
+                for other in range(0, len(theirs), BLOCK):
+                    across = theirs[other : other + BLOCK]
+                    products = above(unit, self.vectors.read(self.rows[across]), self.cosine)
+                    i, j, cosines = side[products[0]], across[products[1]], products[2]
+                    apart = i != j
+                    yield i[apart], j[apart], cosines[apart]

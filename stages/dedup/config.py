@@ -9,19 +9,23 @@ from pydantic import Field, field_validator, model_validator
 
 from stages.base import Config, operational
 
+MOST_BITS = 24
+"""Planes that part the images of a table, at most."""
+
 
 class SearchConfig(Config):
     """The search for close embeddings. Up to ``exhaustive_below`` images every pair is looked at;
     beyond, those that share a bucket of one of several tables (`stages.dedup.sketches`)."""
 
     exhaustive_below: int = Field(20_000, ge=0)
-    bits: int | None = Field(None, ge=0, le=24)
+    bits: int | None = Field(None, ge=0, le=MOST_BITS)
     """Planes that part the images of a table into buckets. None: as many as cost the least."""
     tables: int | None = Field(None, ge=1)
     """Tables of buckets to begin with. None: as many as it takes to find pairs of just the least
     cosine more often than ``recall`` asks for."""
     max_tables: int = Field(512, ge=1)
-    """``tables`` are doubled up to this where too few pairs are found."""
+    """``tables`` are doubled up to this where too few pairs are found. Each takes 4 bytes an image
+    of the disk that holds temporary files."""
     recall: float = Field(0.995, ge=0, le=1)
     """Of the close pairs of a sample of images, at least this share must be found."""
     sample: int = Field(2_000, ge=1)
@@ -29,6 +33,12 @@ class SearchConfig(Config):
     gpus: float = operational(0.0, ge=0, le=1)
     """GPU, or share of one, that each part of an exhaustive search is given; 0: it runs on CPUs.
     What a GPU finds is looked at again on a CPU, so the outcome is the same."""
+
+    @model_validator(mode="after")
+    def _may_begin(self) -> SearchConfig:
+        if self.tables is not None and self.tables > self.max_tables:
+            raise ValueError(f"tables {self.tables} exceeds max_tables {self.max_tables}")
+        return self
 
     @property
     def device(self) -> str:

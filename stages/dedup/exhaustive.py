@@ -18,7 +18,7 @@ BLOCK = 2048
 """Rows of a tile. Fixed, so that float sums never depend on a setting; a tile takes 16 MiB."""
 SLACK = 1e-5
 _FEW = 8
-"""So few parts of work are done before workers for them have started."""
+"""So few tiles of rows are compared before workers for them have started."""
 
 
 def every_pair(
@@ -52,24 +52,8 @@ def every_pair(
         return gathered(found)
 
     starts = range(0, len(new), BLOCK)
-    return gathered(spread(ctx, "comparing images", across, starts, [vectors.file], gpus))
-
-
-def between(
-    vectors: Vectors, left: Rows, right: Rows, fresh: Mask, cosine: float, watch: Mask
-) -> Ties:
-    """Ties of a row of ``left`` and another of ``right``, of which one is ``fresh``."""
-    found = []
-    for start in range(0, len(left), BLOCK):
-        ours = left[start : start + BLOCK]
-        a = vectors.read(ours)
-        for other in range(0, len(right), BLOCK):
-            theirs = right[other : other + BLOCK]
-            i, j, cosines = above(a, vectors.read(theirs), cosine)
-            i, j = ours[i], theirs[j]
-            wanted = (i != j) & (fresh[i] | fresh[j])
-            found.append(Ties.of(i[wanted], j[wanted], cosines[wanted], watch))
-    return gathered(found)
+    few = len(starts) <= _FEW
+    return gathered(spread(ctx, "comparing images", across, starts, [vectors.file], few, gpus))
 
 
 def spread(
@@ -78,11 +62,13 @@ def spread(
     work: Callable[[T], Ties],
     parts: Sequence[T],
     reads: Sequence[Path],
+    few: bool,
     gpus: float = 0.0,
 ) -> list[Ties]:
-    """``work`` on every part, side by side where the engine can; it ``reads`` these files."""
+    """``work`` on every part, side by side where the engine can, unless so ``few`` are done sooner
+    than workers start; it ``reads`` these files."""
     ctx.progress(message, 0, len(parts))
-    few = len(parts) <= _FEW and not gpus
-    done = [work(item) for item in parts] if few else ctx.map(work, list(parts), reads, gpus)
+    here = few and not gpus
+    done = [work(item) for item in parts] if here else ctx.map(work, list(parts), reads, gpus)
     ctx.progress(message, len(parts), len(parts))
     return done

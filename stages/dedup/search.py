@@ -24,6 +24,9 @@ from stages.errors import RunError
 
 _ROWS = 1 << 22
 """Of a part of a table: some 50 bytes each are in memory."""
+_FEW_ROWS = 1 << 20
+"""So few, counted once a table, are compared before workers for them have started."""
+_FEW_PARTS = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,8 @@ class Measured:
     """0: every pair was looked at."""
     bits: int = 0
     """Planes of a key."""
+    pairs: int = 0
+    """Close pairs found; of a crowd of pictures that are all alike, as many as tie it together."""
     sampled: int = 0
     """Images that were compared with all others."""
     sampled_pairs: int = 0
@@ -66,7 +71,9 @@ def close_pairs(
     seen = np.zeros(vectors.rows, dtype=np.bool_) if watch is None else watch
     if len(rows) <= config.exhaustive_below:
         ties = every_pair(vectors, new, old, cosine, ctx, seen, config.gpus)
-        return ties, Measured(len(rows), sampled=len(new), sampled_pairs=ties.pairs)
+        return ties, Measured(
+            len(rows), pairs=ties.pairs, sampled=len(new), sampled_pairs=ties.pairs
+        )
     if not len(new):
         return Ties.none(), Measured(len(rows))
     chosen = np.random.default_rng(1).choice(new, min(config.sample, len(new)), replace=False)
@@ -76,7 +83,10 @@ def close_pairs(
     sample[chosen] = True
     plan = sketches.plan(config)
     while True:
-        ties = _by_buckets(sketches, plan, fresh, sample | seen, ctx)
+        if plan.bits == 0:  # one bucket that holds all
+            ties = every_pair(vectors, new, old, cosine, ctx, sample | seen, config.gpus)
+        else:
+            ties = _by_buckets(sketches, plan, fresh, sample | seen, ctx)
         measured = _measured(ties, plan, sample, truth, len(rows))
         if measured.recall >= config.recall:
             return ties, measured
@@ -87,6 +97,7 @@ def close_pairs(
                 f"with {plan.tables} tables; raise dedup.search.max_tables"
             )
         plan = plan.harder(config.max_tables)
+        ctx.progress(f"searching again, with {plan.tables} tables", 0, plan.tables)
 
 
 def _measured(ties: Ties, plan: Plan, sample: Mask, truth: Rows, images: int) -> Measured:
@@ -96,6 +107,7 @@ def _measured(ties: Ties, plan: Plan, sample: Mask, truth: Rows, images: int) ->
         images=images,
         tables=plan.tables,
         bits=plan.bits,
+        pairs=ties.pairs,
         sampled=int(sample.sum()),
         sampled_pairs=len(truth),
         recall=right / len(truth) if len(truth) else 1.0,
@@ -104,7 +116,7 @@ def _measured(ties: Ties, plan: Plan, sample: Mask, truth: Rows, images: int) ->
 
 
 def _sampled(sketches: Sketches, chosen: Rows, ctx: Context, config: SearchConfig) -> Rows:
-    """Keys (`Ties.incident`) of all close pairs of the chosen rows, compared with every row."""
+    """All close pairs of the chosen rows and any other, as `Ties.incident` tells them."""
     watch = np.zeros(sketches.vectors.rows, dtype=np.bool_)
     watch[chosen] = True
     at, count = np.searchsorted(sketches.rows, chosen), len(sketches.rows)
@@ -122,8 +134,9 @@ def _sampled(sketches: Sketches, chosen: Rows, ctx: Context, config: SearchConfi
         return gathered(found)
 
     starts = range(0, count, 16 * BLOCK)
+    few = len(starts) <= _FEW_PARTS
     found = spread(
-        ctx, "searching a sample exhaustively", against, starts, sketches.files, config.gpus
+        ctx, "searching a sample exhaustively", against, starts, sketches.files, few, config.gpus
     )
     return gathered(found).incident(watch)
 
@@ -134,5 +147,6 @@ def _by_buckets(sketches: Sketches, plan: Plan, fresh: Mask, watch: Mask, ctx: C
     def join(part: Part) -> Ties:
         return within_buckets(sketches, plan, part, fresh, watch)
 
-    work = parts(plan, len(sketches.rows), _ROWS)
-    return gathered(spread(ctx, "comparing images", join, work, sketches.files))
+    count = len(sketches.rows)
+    work, few = parts(plan, count, _ROWS), count * plan.tables <= _FEW_ROWS
+    return gathered(spread(ctx, "comparing images", join, work, sketches.files, few))

@@ -1,14 +1,16 @@
 """Sketches of embeddings: on which side of random planes each lies; in files, so that each part of
 a search reads little.
 
-A plane through the images' mean parts two vectors that are seen from there at an angle a with
-probability a / pi (Charikar 2002, section 3): seldom those that are close. The sides of some planes
+A random plane parts two vectors at an angle a with probability a / pi (Charikar 2002, section 3);
+here planes go through the images' mean, in principal components that are stretched to weigh more
+alike. So one seldom parts two that are close. The sides of some planes
 make a key, and the images of one key a bucket. A close pair that one table of buckets parts
 another one, of planes of its own, will hold together; unlike images share few buckets.
 """
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,10 @@ import numpy as np
 import numpy.typing as npt
 
 from stages.base import Context
-from stages.dedup.config import SearchConfig
+from stages.dedup.config import MOST_BITS, SearchConfig
 from stages.dedup.exhaustive import SLACK
 from stages.dedup.images import Matrix, Rows, Vectors
+from stages.errors import RunError
 
 Keys = npt.NDArray[np.uint32]
 Bits = npt.NDArray[np.uint64]
@@ -35,7 +38,6 @@ _TRIALS = 2_000
 """Made-up close pairs that a search is planned by."""
 _SPARE = 8
 """Bits that a close pair's sketches may differ by beyond what any made-up pair's do."""
-_MOST_BITS = 24
 _MARGIN = 5
 """A plan allows for one in so many of the misses that the recall asked for allows."""
 _ROW_COST = 20
@@ -53,9 +55,9 @@ class Plan:
     most: int
     """Bits of two sketches that may differ before the pair is passed over."""
 
-    def harder(self, tables: int) -> Plan:
-        """Twice as many tables, at most ``tables``, and more patience with a pair."""
-        return Plan(self.bits, min(2 * self.tables, tables), self.most + 2 * _SPARE)
+    def harder(self, max_tables: int) -> Plan:
+        """Twice as many tables, at most ``max_tables``, and more patience with a pair."""
+        return Plan(self.bits, min(2 * self.tables, max_tables), self.most + 2 * _SPARE)
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,13 @@ class Sketches:
         self, name: str, shape: tuple[int, ...], kind: npt.DTypeLike
     ) -> npt.NDArray[np.generic]:
         (self.folder / f"{name}.npy").unlink(missing_ok=True)
+        needed = int(np.prod(shape)) * np.dtype(kind).itemsize
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:  # a full disk below a mapped file would kill the process
+            raise RunError(
+                f"dedup: {self.folder} has {free / 2**30:.1f} GiB left and {needed / 2**30:.1f} "
+                "are needed for sketches; set TMPDIR to a larger disk"
+            )
         return np.lib.format.open_memmap(self.folder / f"{name}.npy", "w+", kind, shape)
 
 
@@ -197,10 +206,11 @@ def _cheapest(
     """The plan that finds pairs of such ``agreement``, the share of planes that do not part one,
     in the least time. One bucket that holds all is always a way."""
     plans = []
-    for bits in range(_MOST_BITS + 1) if config.bits is None else [config.bits]:
-        tables = config.tables or _enough_tables(agreement**bits, config)
+    for bits in range(MOST_BITS + 1) if config.bits is None else [config.bits]:
+        needed = _enough_tables(agreement**bits, config)
+        tables = config.tables or min(needed, config.max_tables)
         cost = tables * (_ROW_COST + count / 2 ** (bits + 1))
-        plans.append((tables > config.max_tables, cost, bits, min(tables, config.max_tables)))
+        plans.append((needed > tables, cost, bits, tables))
     *_, bits, tables = min(plans)
     return Plan(bits, tables, most)
 

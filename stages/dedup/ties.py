@@ -51,7 +51,8 @@ class Ties:
     """Tied rows; together they connect whatever the pairs connect."""
     rows: Rows
     nearest: npt.NDArray[np.float32]
-    """Rows that are in any pair, with the best closeness of each. A row may stand several times."""
+    """Rows that are in any pair, with the best closeness of each among the pairs that were looked
+    at. A row may stand several times."""
     pairs: int
     """Pairs found; one that two parts of a search found counts twice."""
     watched: npt.NDArray[np.int64]

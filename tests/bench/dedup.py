@@ -29,6 +29,7 @@ from tests.bench.memory import Peak
 _WIDTH = 512
 _COSINE = 0.97
 _BLOCK = 25_000
+_CONTEXT = LocalContext(threads=len(os.sched_getaffinity(0)))
 
 Values = npt.NDArray[np.float32]
 
@@ -95,7 +96,7 @@ def ours(
     rows, fresh = np.arange(vectors.rows), np.ones(vectors.rows, dtype=np.bool_)
     started = time.perf_counter()
     ties, measured = close_pairs(
-        vectors, rows, fresh, _COSINE, config, LocalContext(), scratch, fresh if every else None
+        vectors, rows, fresh, _COSINE, config, _CONTEXT, scratch, fresh if every else None
     )
     return ties.incident(fresh), measured, time.perf_counter() - started
 

@@ -270,6 +270,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=0.5, help="GPU time of a shard")
     parser.add_argument("--raylets", action="store_true", help="only: two raylets against one")
     options = parser.parse_args(arguments)
+    for gpus in options.gpus:
+        count, nodes = min(gpus, options.replicas), min(_NODES, gpus // 4)
+        if gpus < 4 or gpus % count or gpus % nodes:
+            parser.error(f"--gpus {gpus}: not a multiple of {count} replicas and {nodes} nodes")
     with tempfile.TemporaryDirectory() as scratch:
         rows = (two_raylets if options.raylets else by_gpus)(options, Path(scratch))
     if options.json:

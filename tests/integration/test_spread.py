@@ -74,12 +74,16 @@ def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -
     values = rng.normal(size=(3_000, 32))
     values[1::5] = values[::5] + 0.05 * rng.normal(size=(600, 32))
     vectors.write(rows, values.astype(np.float16))
-    fresh, config = np.ones(3_000, dtype=np.bool_), SearchConfig(exhaustive_below=0, bits=5)
-    found = []
+    fresh, config = (
+        np.ones(3_000, dtype=np.bool_),
+        SearchConfig(exhaustive_below=0, bits=5, tables=400),
+    )
+    found, spreaded = [], []
     spread = Spread(Store(str(tmp_path / "run")), "dedup")
 
     class Spreading(LocalContext):
         def map(self, function, items, reads=(), gpus=0.0):  # type: ignore[no-untyped-def]
+            spreaded.append(len(items))
             return spread.map(function, items, reads, gpus)
 
     for context in (LocalContext(), Spreading()):
@@ -88,6 +92,7 @@ def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -
         ties, measured = search.close_pairs(vectors, rows, fresh, 0.95, config, context, scratch)
         found.append((ties.pairs, sorted(zip(ties.left, ties.right, strict=True)), measured))
     assert found[0] == found[1] and found[0][0] >= 600
+    assert spreaded == [400]
     spread.close()
 
 

@@ -432,6 +432,7 @@ def test_shards_workers_and_batches_change_nothing(
     assert measured["semantic", "sampled_pairs"] > 50
     assert measured["semantic", "recall"] >= 0.995
     assert measured["semantic", "precision"] == 1.0
+    assert measured["semantic", "pairs"] > measured["semantic", "sampled_pairs"] / 2
 
 
 def test_buckets_find_what_brute_force_finds(tmp_path: Path) -> None:

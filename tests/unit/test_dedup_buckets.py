@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,10 @@ from stages.base import LocalContext
 from stages.dedup import SearchConfig, UnionFind, buckets
 from stages.dedup.buckets import parts, within_buckets
 from stages.dedup.images import Vectors
+from stages.dedup.search import close_pairs
 from stages.dedup.sketches import Plan, Sketches, sketched
 from stages.dedup.ties import Ties, gathered
+from stages.errors import RunError
 
 COSINE = 0.95
 
@@ -63,20 +66,35 @@ def test_two_images_of_earlier_rounds_are_not_compared(tmp_path: Path) -> None:
     assert 0 < len(expected) < len(close(sketches))
 
 
+def test_pairs_of_unlike_sketches_are_passed_over(tmp_path: Path) -> None:
+    values = scattered(600)
+    values[:40] = values[0]
+    sketches = made(tmp_path, values)
+    every = np.ones(600, dtype=np.bool_)
+    found = gathered(searched(sketches, Plan(bits=4, tables=60, most=0), every, every))
+    equal = {(a, b) for a in range(40) for b in range(a + 1, 40)}
+    assert {tuple(pair) for pair in found.watched.tolist()} == equal < close(sketches)
+
+
 @pytest.mark.parametrize("alike", [0, 300])
-def test_a_large_bucket_ties_a_crowd_to_one_of_it(
-    tmp_path: Path, alike: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("news", [2, 3, 100])
+def test_a_large_bucket_ties_a_crowd_to_some_of_it(
+    tmp_path: Path, alike: int, news: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(buckets, "_MANY", 64)
     values = scattered(600)
     values[:alike] = values[0] + 0.02 * values[:alike]
     sketches = made(tmp_path, values)
-    fresh, watch = np.arange(600) % 3 > 0, np.arange(600) % 50 == 0
-    found = gathered(searched(sketches, Plan(bits=0, tables=1, most=256), fresh, watch))
+    fresh, watch = np.arange(600) % news > 0, np.arange(600) % 50 == 0
+    if news == 100:  # hardly anything is new
+        fresh = ~fresh
+    found = gathered(searched(sketches, Plan(bits=1, tables=20, most=256), fresh, watch))
     truth = {pair for pair in close(sketches) if fresh[list(pair)].any()}
     watched = {pair for pair in truth if watch[list(pair)].any()}
-    assert {tuple(pair) for pair in found.watched.tolist()} == watched
-    assert found.pairs <= len(truth) - (alike * alike // 4)
+    pairs = [tuple(pair) for pair in found.watched.tolist()]
+    assert set(pairs) == watched and len(pairs) == len(watched)
+    if alike and news < 100:
+        assert found.pairs < len(truth) / 2
     expected, sets = UnionFind(600), UnionFind(600)
     expected.union(*np.array(sorted(truth)).T)
     sets.union(found.left, found.right)
@@ -101,6 +119,7 @@ def test_pairs_that_are_only_just_close_share_a_bucket_as_often_as_planned(tmp_p
     assert len(np.unique(keys)) > 500
     bits = np.bitwise_count(sketches.sketches[:2_000] ^ sketches.sketches[2_000:]).sum(axis=1)
     assert (bits > plan.most).mean() < 0.001
+    assert plan.most < 100  # unlike ones differ in half of 256
 
 
 def test_a_plan_of_many_images_has_many_buckets(tmp_path: Path) -> None:
@@ -119,3 +138,31 @@ def test_where_close_pairs_share_nothing_all_are_compared(tmp_path: Path) -> Non
     sketches = made(tmp_path, np.eye(32)[0] + 0.001 * rng.normal(size=(600, 32)))
     assert sketches.plan(SearchConfig(max_tables=8)).bits == 0
     assert sketches.plan(SearchConfig(max_tables=8, bits=9)).tables == 8
+    config, every = SearchConfig(exhaustive_below=0, max_tables=8), np.ones(600, dtype=np.bool_)
+    ties, measured = close_pairs(
+        sketches.vectors, np.arange(600), every, COSINE, config, LocalContext(), tmp_path
+    )
+    assert ties.pairs == measured.pairs == 600 * 599 / 2
+    assert measured.recall == 1.0
+
+
+def test_fewer_tables_than_it_takes_have_fewer_and_larger_buckets(tmp_path: Path) -> None:
+    sketches = made(tmp_path, scattered(600))
+    np.save(tmp_path / "rows.npy", np.resize(np.arange(600), 1_000_000))
+    plans = [sketches.plan(SearchConfig(tables=tables)) for tables in (1, 4, 16)]
+    assert [plan.tables for plan in plans] == [1, 4, 16]
+    assert plans[0].bits < plans[1].bits < plans[2].bits < 20
+
+
+def test_a_full_disk_is_told_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=1 << 10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: full)
+    with pytest.raises(RunError, match=r"0\.0 GiB left .* set TMPDIR to a larger disk"):
+        made(tmp_path, scattered(600))
+
+
+def test_more_tables_than_allowed_are_refused() -> None:
+    with pytest.raises(ValueError, match="tables 9 exceeds max_tables 8"):
+        SearchConfig(tables=9, max_tables=8)

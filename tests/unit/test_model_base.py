@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from stages.errors import ConfigError
 from stages.models.base import InferenceModel, out_of_memory
 from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.linear import Int8Linear, PackedLinear, can_pack
 from tests import tiny_models
 from tests.unit.test_captioner import random_images
 
@@ -88,3 +90,16 @@ def test_a_captioner_that_runs_out_of_memory_gives_the_same_captions(tmp_path: P
 def test_int8_elsewhere_is_refused(device: str, dtype: torch.dtype) -> None:
     with pytest.raises(ConfigError, match="int8 runs on a CPU over float32"):
         InferenceModel(device, dtype, 1, int8=True)
+
+
+@pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.float32), reason="torch is built without oneDNN"
+)
+def test_linear_layers_are_packed_in_float32_alone() -> None:
+    def kinds(dtype: torch.dtype, int8: bool) -> set[type]:
+        runs = InferenceModel("cpu", dtype, 1, int8)
+        return {type(part) for part in runs.place(nn.Sequential(nn.Linear(4, 4)))}
+
+    assert kinds(torch.float32, int8=False) == {PackedLinear}
+    assert kinds(torch.float32, int8=True) == {Int8Linear}
+    assert kinds(torch.bfloat16, int8=False) == {nn.Linear}
