@@ -10,9 +10,15 @@ from typing import Any
 
 import ray
 import ray.train
+from ray import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from pipeline.config import EngineConfig
 from pipeline.dag import DatasetTask
@@ -63,6 +69,7 @@ def run_training(
         return
     ray.get(board.forget.remote())
     for starts_left in reversed(range(_FITS)):
+        _clear_places()
         try:
             _fit(todo, store, config, board)
             break
@@ -97,6 +104,15 @@ def _fit(todo: Sequence[DatasetTask], store: Store, config: EngineConfig, board:
                 failure_config=FailureConfig(max_failures=_RESTARTS),
             ),
         ).fit()
+
+
+def _clear_places() -> None:
+    """Give up the places of an earlier fit of this driver: where its controller failed they can
+    outlive it, and the next fit would wait for ever for the CPUs that they hold."""
+    job = ray.get_runtime_context().get_job_id()
+    for name, group in placement_group_table().items():
+        if name.endswith(job) and group["state"] != "REMOVED":  # an id ends with its job's
+            remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(name))))
 
 
 def _worker(config: dict[str, Any]) -> None:

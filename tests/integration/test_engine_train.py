@@ -109,3 +109,13 @@ def test_a_worker_that_dies_while_it_is_started_is_started_again(
     assert len(fits) == 2  # Ray Train itself gives up
     assert store.exists(task.record)
     assert len(list((tmp_path / "marks").iterdir())) == 2
+
+
+def test_places_that_a_failed_fit_has_left_do_not_keep_the_next_one_waiting(
+    tmp_path: Path, board
+) -> None:
+    left = [ray.util.placement_group([{"CPU": 1}]) for _ in range(2)]  # all that this Ray has
+    assert all(place.wait(30) for place in left)
+    task, store = task_of(tmp_path, "works"), Store(str(tmp_path / "run"))
+    run_training(store, [task], CONFIG, board)
+    assert store.exists(task.record)
