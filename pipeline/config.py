@@ -24,13 +24,12 @@ from stages.embed import EmbedConfig
 from stages.errors import ConfigError
 from stages.evaluate import EvaluateConfig
 from stages.filter import FilterConfig
-from stages.finetune import CaptionerFinetuneConfig, FilterFinetuneConfig
 from stages.gate import GateConfig
 from stages.ingest import IngestConfig
-from stages.pretrain import PretrainConfig
 from stages.readers import SourceConfig
 from stages.scenes.config import WorldConfig
 from stages.select import SelectConfig
+from stages.training.config import CaptionerFinetuneConfig, FilterFinetuneConfig, PretrainConfig
 
 
 class RoundsConfig(Config):

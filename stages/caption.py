@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-from torch import Tensor
 
 from stages.inference import InferenceConfig, ModelStage, Opened, from_rows
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.config import GenerationConfig
 from stages.schemas import CAPTIONS, IMAGES, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.models.captioner import Captioner
 
 
 class CaptionConfig(InferenceConfig):
@@ -18,7 +22,7 @@ class CaptionConfig(InferenceConfig):
     generation: GenerationConfig = GenerationConfig()
 
 
-class CaptionStage(ModelStage[CaptionConfig, Captioner]):
+class CaptionStage(ModelStage[CaptionConfig, "Captioner"]):
     """IMAGES → CAPTIONS: ``captions_per_image`` rows an image, in order.
 
     An image that cannot be decoded, and a caption without a word, gives rows with status
@@ -32,6 +36,8 @@ class CaptionStage(ModelStage[CaptionConfig, Captioner]):
     output_schema = CAPTIONS
 
     def load(self, opened: Opened) -> Captioner:
+        from stages.models.captioner import Captioner
+
         return Captioner(*opened.arguments)
 
     def trial(self, pixels: Tensor) -> object:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pydantic import Field
-from torch import Tensor
 
 from stages.inference import InferenceConfig, ModelStage, Opened, from_rows
-from stages.models.embedder import Embedder
 from stages.schemas import EMBEDDINGS, IMAGES, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.models.embedder import Embedder
 
 
 class EmbedConfig(InferenceConfig):
@@ -22,7 +25,7 @@ class EmbedConfig(InferenceConfig):
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 32
 
 
-class EmbedStage(ModelStage[EmbedConfig, Embedder]):
+class EmbedStage(ModelStage[EmbedConfig, "Embedder"]):
     """IMAGES → EMBEDDINGS: one row an image, in order; ``embedding`` has the model's length.
 
     Status ``failed``: the image cannot be decoded, or its embedding is zero or not finite.
@@ -34,6 +37,8 @@ class EmbedStage(ModelStage[EmbedConfig, Embedder]):
     output_schema = EMBEDDINGS
 
     def load(self, opened: Opened) -> Embedder:
+        from stages.models.embedder import Embedder
+
         return Embedder(*opened.arguments)
 
     def trial(self, pixels: Tensor) -> object:

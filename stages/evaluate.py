@@ -19,10 +19,10 @@ from pydantic import Field
 from stages.base import Config, Context, DatasetStage, operational
 from stages.caption_metrics import bleu, cider
 from stages.errors import SourceError
+from stages.models.config import GenerationConfig
 from stages.probes import Probe, decode_probes, read_probes
 from stages.retrieval import RECALL_AT, Scores, recalls, retrieval_ranks
 from stages.schemas import METRICS, OUTCOMES, PROBE_CAPTIONS
-from stages.training.device import default_device, torch_threads
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -98,6 +98,8 @@ class EvaluateStage(DatasetStage):
         self.config = config
 
     def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        from stages.training.device import torch_threads
+
         splits = [split for split in SPLITS if inputs.get(split)]
         models = [model for model in ("med", "captioner", "filter") if inputs.get(model)]
         rows: dict[str, list[dict[str, object]]] = {name: [] for name in _TABLES}
@@ -130,7 +132,8 @@ class EvaluateStage(DatasetStage):
     def _captioner(
         self, source: Path, probes: Sequence[Probe], images: Sequence[Image.Image]
     ) -> Measured:
-        from stages.models.captioner import Captioner, GenerationConfig
+        from stages.models.captioner import Captioner
+        from stages.training.device import default_device
 
         config = self.config
         captioner = Captioner(source, default_device(), batch_size=config.batch_size)
@@ -155,6 +158,7 @@ class EvaluateStage(DatasetStage):
         self, source: Path, model: str, probes: Sequence[Probe], images: Sequence[Image.Image]
     ) -> Measured:
         from stages.models.matcher import Matcher
+        from stages.training.device import default_device
 
         matcher = Matcher(
             source,

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 from pydantic import Field
-from torch import Tensor
 
 from stages.ids import pair_id
 from stages.inference import InferenceConfig, ModelStage, Opened, from_rows
-from stages.models.matcher import Matcher
 from stages.models.text import clean_caption
 from stages.schemas import IMAGES_WITH_TEXTS, SCORES, check
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from stages.models.matcher import Matcher
 
 Row = dict[str, Any]
 
@@ -26,7 +29,7 @@ class FilterConfig(InferenceConfig):
     """[CLS] and [SEP] counted; what is longer is cut (35: models/blip_retrieval.py)."""
 
 
-class FilterStage(ModelStage[FilterConfig, Matcher]):
+class FilterStage(ModelStage[FilterConfig, "Matcher"]):
     """IMAGES_WITH_TEXTS → SCORES: one row a text, image by image, in order. Equal texts are scored
     once an image; each of their owners gets the score.
 
@@ -40,6 +43,8 @@ class FilterStage(ModelStage[FilterConfig, Matcher]):
     output_schema = SCORES
 
     def load(self, opened: Opened) -> Matcher:
+        from stages.models.matcher import Matcher
+
         return Matcher(*opened.arguments, max_tokens=self.config.max_tokens)
 
     def trial(self, pixels: Tensor) -> object:

@@ -13,79 +13,24 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor
 
 from stages.base import Context, DatasetStage
-from stages.models.blocks import KeyValue, VisionConfig, take_rows
+from stages.models.blocks import KeyValue, take_rows
 from stages.models.checkpoints import load_med, save_captioner, save_filter
 from stages.models.losses import MedLosses
-from stages.models.med import Med, MedConfig
+from stages.models.med import Med
 from stages.models.text import load_tokenizer
 from stages.models.workers import Workers
 from stages.pretrain import write_log
+from stages.training.config import CaptionerFinetuneConfig, FilterFinetuneConfig
 from stages.training.data import Batch, Pairs
 from stages.training.device import seeded
-from stages.training.loop import Losses, TrainingConfig, train
-from stages.training.schedule import Decay
+from stages.training.loop import Losses, train
 from stages.training.swaps import Tokens, WordSwaps
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
-
-
-class FinetuneConfig(TrainingConfig):
-    """What captioner and filter have in common (configs/caption_coco.yaml, retrieval_coco.yaml)."""
-
-    image_size: int = Field(384, ge=1)
-    """Pixels; position embeddings are interpolated where MED was trained at another size."""
-    dropout: float = Field(0.1, ge=0, lt=1)
-    batch_size: int = Field(256, ge=1)
-    lr: float = Field(1e-5, gt=0)
-    min_lr: float = Field(0.0, ge=0)
-    decay: Decay = "epoch_cosine"
-    min_scale: float = Field(0.5, gt=0, le=1)
-
-    def med_config(self) -> MedConfig:
-        """What `load_med` reads of it: image size and dropout."""
-        config = MedConfig()
-        # The folder decides the patch size, so it is not validated against ours.
-        vision = VisionConfig().model_copy(update={"image_size": self.image_size})
-        text = config.text.model_copy(update={"dropout": self.dropout})
-        return config.model_copy(update={"vision": vision, "text": text})
-
-
-class CaptionerFinetuneConfig(FinetuneConfig):
-    """The paper's captioner: LM on COCO."""
-
-    epochs: float = Field(5, gt=0)
-    prompt: str = "a picture of "
-    """Stands before every text and carries no loss. Captioning needs the same."""
-    max_tokens: int = Field(40, ge=3)
-    label_smoothing: float = Field(0.1, ge=0, lt=1)
-
-    def med_config(self) -> MedConfig:
-        # Nothing is queued: the smallest queue takes the least memory.
-        update = {"label_smoothing": self.label_smoothing, "queue_size": 1}
-        return super().med_config().model_copy(update=update)
-
-
-class FilterFinetuneConfig(FinetuneConfig):
-    """The paper's filter: retrieval fine-tuning with ITC and ITM on COCO."""
-
-    epochs: float = Field(6, gt=0)
-    alpha_epochs: float = Field(1, ge=0)
-    max_tokens: int = Field(35, ge=3)
-    queue_size: int = Field(57_600, ge=1)
-    momentum: float = Field(0.995, ge=0, le=1)
-    text_negatives: int = Field(0, ge=0)
-    """Near-miss texts of each pair: its caption with one word exchanged for another that human
-    captions have in the same place (`stages.training.swaps`). Sharpens ITM
-    beyond the paper, and lowers its probabilities, since fewer of its rows match."""
-
-    def med_config(self) -> MedConfig:
-        update = {"queue_size": self.queue_size, "momentum": self.momentum}
-        return super().med_config().model_copy(update=update)
 
 
 class CaptionerLosses(Losses):

@@ -15,13 +15,14 @@ from pydantic import Field, model_validator
 
 from stages.base import Config, Resources, ShardStage, operational
 from stages.errors import ConfigError
-from stages.models.images import DecodeError, Preprocessing, decode
+from stages.models.images import DecodeError, decode
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
     from stages.models.base import InferenceModel
+    from stages.models.preprocessing import Preprocessing
 
 
 class InferenceConfig(Config):

@@ -16,16 +16,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 from pydantic import Field, model_validator
 
 from stages.base import Config
-
-if TYPE_CHECKING:
-    from PIL import Image
+from stages.models.images import FORMATS, decode
 
 Pixels: TypeAlias = npt.NDArray[np.uint8]
 """(height, width, 3)."""
@@ -115,8 +114,6 @@ class ImageKeeper:
 
     def __init__(self, config: ImageConfig) -> None:
         self._config = config
-        from PIL import Image
-
         # Pillow takes memory in blocks of 16 MiB, which glibc would keep for each thread that had
         # them; a large picture in one block is given back.
         Image.core.set_block_size(_PICTURE)  # type: ignore[attr-defined]
@@ -179,8 +176,6 @@ class ImageKeeper:
         return header.format == "JPEG" and self._config.resize_mode != "no"
 
     def _kept(self, data: bytes, header: _Header) -> Outcome:
-        from stages.models.images import decode
-
         drafted = self._drafted(header)
         cover = max(_LEAST_COVER, 2 * self._config.image_size) if drafted else None
         profile = header.profile
@@ -272,10 +267,6 @@ def _icon_pixels(data: bytes) -> int:
 
 
 def _header(data: bytes, content_type: str) -> _Header | Outcome:
-    from PIL import Image, UnidentifiedImageError
-
-    from stages.models.images import FORMATS
-
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             profile = image.info.get("icc_profile")
@@ -294,8 +285,6 @@ def _header(data: bytes, content_type: str) -> _Header | Outcome:
 
 
 def _swapped(image: Image.Image) -> bool:
-    from PIL import ExifTags
-
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1)) in {5, 6, 7, 8}
     except Exception:  # noqa: BLE001 - a broken EXIF block says nothing
@@ -313,8 +302,6 @@ def to_srgb(picture: Image.Image, mode: str, profile: bytes) -> Image.Image:
     space than the file's, of one that is none of RGB, grey and CMYK, or a broken one says nothing:
     then colours are taken as sRGB, and CMYK is converted by Pillow.
     """
-    from PIL import ImageCms
-
     try:
         transform, takes = _transform(profile, mode)
         if transform is not None:
@@ -333,8 +320,6 @@ def _transform(profile: bytes, mode: str) -> tuple[Any, str]:
 
     The rendering is the perceptual one, which every profile has.
     """
-    from PIL import ImageCms
-
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     space = source.profile.xcolor_space
     spoken = next((name for name, modes in _SPACES.items() if mode in modes), "GRAY")
@@ -362,7 +347,6 @@ def perceptual_hash(picture: Image.Image) -> str:
     several times faster than `imagehash` would by Lanczos alone; a bit or two may differ.
     """
     import imagehash
-    from PIL import Image
 
     side = 4 * _PHASH_SIZE  # imagehash's highfreq_factor
     grey = picture.convert("L").resize((side, side), Image.Resampling.LANCZOS, reducing_gap=3.0)

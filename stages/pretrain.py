@@ -12,52 +12,22 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field, model_validator
 
-from stages.base import Context, DatasetStage, operational
+from stages.base import Context, DatasetStage
 from stages.models.checkpoints import load_med, save_med
 from stages.models.losses import MedLosses
-from stages.models.med import Med, MedConfig
+from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
 from stages.models.towers import start_towers
 from stages.models.workers import Workers
+from stages.training.config import PretrainConfig
 from stages.training.data import Batch, Pairs
 from stages.training.device import seeded
-from stages.training.loop import Losses, TrainingConfig, train
-from stages.training.schedule import Decay
+from stages.training.loop import Losses, train
 from stages.training.tensorboard import write_events
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
-
-
-class PretrainConfig(TrainingConfig):
-    """The paper's pretraining at 14M images by default (configs/pretrain.yaml of the release)."""
-
-    # Fingerprints cover the content of tokenizer and the inits, which are inputs of the stage.
-    tokenizer: str = Field(json_schema_extra={"operational": True})
-    """Folder or hub id of a BERT tokenizer; decides vocabulary size and token ids."""
-    model: MedConfig = MedConfig()
-    init: str | None = operational(None)
-    """MED folder or hub id to go on from; None starts from scratch, the paper's best."""
-    init_vision: str | None = operational(None)
-    """ViT or DeiT, transformers folder or hub id, from which the image encoder starts; its sizes
-    must be ``model.vision``'s, but for the image size. The paper: ImageNet weights."""
-    init_text: str | None = operational(None)
-    """BERT, folder or hub id, from which the text stack and the LM head start; its sizes must be
-    ``model.text``'s and ``tokenizer`` its own. The paper: bert-base-uncased."""
-    warmup_steps: int = Field(3000, ge=0)
-    decay: Decay = "step"
-    human_repeat: int = Field(1, ge=1)
-    """How many times an epoch passes over each human pair."""
-
-    @model_validator(mode="after")
-    def _one_start(self) -> PretrainConfig:
-        if self.init is not None and (self.init_vision or self.init_text):
-            raise ValueError(
-                "init is a whole MED; give it alone, or init_vision and init_text without it"
-            )
-        return self
 
 
 class PretrainLosses(Losses):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from PIL import Image
 
 from stages.errors import SourceError
-
-if TYPE_CHECKING:
-    from PIL import Image
+from stages.models.images import DecodeError, decode
 
 ANNOTATIONS = "annotations.jsonl"
 _NEEDED = '{"image": file, "captions": [text, …]} a line, "wrong_captions" optional'
@@ -84,8 +84,6 @@ def _texts(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 def decode_probes(probes: list[Probe], folder: Path) -> list[Image.Image]:
     """The probes' images, RGB. Raises `SourceError` naming the first that cannot be decoded."""
-    from stages.models.images import DecodeError, decode
-
     images = []
     for probe in probes:
         try:

@@ -14,8 +14,7 @@ from PIL import Image
 
 from stages.base import LocalContext
 from stages.ids import pair_id, sample_id
-from stages.models.blocks import TextConfig, VisionConfig
-from stages.models.med import MedConfig
+from stages.models.config import MedConfig, TextConfig, VisionConfig
 from stages.models.text import word_tokenizer
 
 COLOURS: Mapping[str, tuple[int, int, int]] = {

@@ -21,6 +21,7 @@ from stages.dedup.hashes import indexed
 from stages.dedup.images import Images, Mask, Matrix, Rows, as_matrix, hash_bytes, usable
 from stages.dedup.ties import above
 from stages.errors import ConfigError, RunError, SourceError
+from stages.models.images import decode
 from stages.schemas import CONTAMINATED, DOWNLOAD
 
 if TYPE_CHECKING:
@@ -114,8 +115,6 @@ def _files(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def _embedded(images: Sequence[bytes], embedder: Path | None, width: int, path: Path) -> Matrix:
     """(n, width) unit vectors by the run's embedder; zeros where there is none."""
-    from stages.models.images import decode
-
     if embedder is None or not width:
         return np.zeros((len(images), width), dtype=np.float32)
     from stages.models.embedder import Embedder

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from stages.errors import ConfigError
-from stages.models.images import Preprocessing
 from stages.models.linear import Int8Linear, PackedLinear, can_pack, with_linears
+from stages.models.preprocessing import Preprocessing
 
 M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")

@@ -19,29 +19,22 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stages.base import Config
+from stages.models.config import TextConfig
 from stages.models.linear import gelu_of
 from stages.models.vision import (
-    INITIALIZER_STD,
-    VisionConfig,
     VisionTransformer,
-    check_heads,
     initialise,
     run_layer,
     split_heads,
 )
 
 __all__ = [
-    "INITIALIZER_STD",
     "Cache",
     "KeyValue",
     "LMHead",
-    "TextConfig",
     "TextStack",
-    "VisionConfig",
     "VisionTransformer",
     "take_rows",
 ]
@@ -65,32 +58,6 @@ class Cache:
             for kept in pair:
                 seen = kept[:, :, : self.length]
                 seen[: len(rows)] = seen[rows]
-
-
-class TextConfig(Config):
-    """Sizes of the text stack; the defaults are BERT-base with BLIP's two extra tokens."""
-
-    vocab_size: int = Field(default=30524, ge=1)
-    width: int = Field(default=768, ge=1)
-    layers: int = Field(default=12, ge=1)
-    heads: int = Field(default=12, ge=1)
-    mlp_width: int = Field(default=3072, ge=1)
-    max_positions: int = Field(default=512, ge=1)
-    vision_width: int = Field(default=768, ge=1)
-    eps: float = Field(default=1e-12, gt=0)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    initializer_std: float = Field(default=INITIALIZER_STD, gt=0)
-    """Of fresh weights; see `VisionConfig.initializer_std`."""
-    pad_token_id: int = Field(default=0, ge=0)
-    cls_token_id: int = Field(default=101, ge=0)
-    sep_token_id: int = Field(default=102, ge=0)
-    dec_token_id: int = Field(default=30522, ge=0)
-    enc_token_id: int = Field(default=30523, ge=0)
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> TextConfig:
-        check_heads(self.width, self.heads)
-        return self
 
 
 class _TextEmbeddings(nn.Module):

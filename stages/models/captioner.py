@@ -16,59 +16,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from PIL import Image
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from stages.base import Config
 from stages.errors import ConfigError
 from stages.models.base import InferenceModel
-from stages.models.blocks import KeyValue, LMHead, TextConfig, TextStack, VisionTransformer
+from stages.models.blocks import KeyValue, LMHead, TextStack, VisionTransformer
+from stages.models.config import GenerationConfig, TextConfig
 from stages.models.decoding import Decoding, GraphedDecoding, compacted
 from stages.models.folders import ModelFolder
 from stages.models.sampling import Beams, Rules, Samples, uniforms
 from stages.models.text import fitted_to
-
-
-class GenerationConfig(Config):
-    """How captions are decoded; the defaults are CapFilt's (models/blip.py, ``generate``).
-
-    ``min_tokens`` and ``max_tokens`` count the prompt and its [DEC], as the original does.
-    ``top_k`` 0 is no limit. ``repetition_penalty`` None is the original's: 1.1 for nucleus
-    sampling, none otherwise.
-    """
-
-    method: Literal["nucleus", "beam", "greedy"] = "nucleus"
-    prompt: str = "a picture of "
-    captions_per_image: int = Field(1, ge=1)
-    min_tokens: int = Field(5, ge=1)
-    max_tokens: int = Field(20, ge=2)
-    top_p: float = Field(0.9, gt=0, le=1)
-    top_k: int = Field(50, ge=0)
-    repetition_penalty: float | None = Field(None, gt=0)
-    num_beams: int = Field(3, ge=1)
-    seed: int = 0
-
-    @model_validator(mode="after")
-    def _fields_fit(self) -> GenerationConfig:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
-        most = {"nucleus": self.captions_per_image, "beam": self.num_beams, "greedy": 1}
-        if self.captions_per_image > most[self.method]:
-            raise ValueError(
-                f"captions_per_image {self.captions_per_image} needs method 'nucleus', "
-                f"or 'beam' with as many num_beams"
-            )
-        return self
-
-    @property
-    def penalty(self) -> float:
-        if self.repetition_penalty is None:
-            return 1.1 if self.method == "nucleus" else 1.0
-        return self.repetition_penalty
 
 
 class Captioner(InferenceModel):

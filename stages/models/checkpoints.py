@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from stages.errors import CheckpointError
-from stages.models.blocks import INITIALIZER_STD
+from stages.models.config import INITIALIZER_STD, MedConfig
 from stages.models.folders import ModelFolder
-from stages.models.images import Preprocessing
-from stages.models.med import Med, MedConfig
+from stages.models.med import Med
+from stages.models.preprocessing import Preprocessing
 from stages.models.text import fitted_to, load_tokenizer
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from stages.errors import CheckpointError
 from stages.models.base import InferenceModel
 from stages.models.blocks import TextStack, VisionTransformer
 from stages.models.folders import ModelFolder, one_line
-from stages.models.images import Preprocessing
 from stages.models.matcher import trimmed, unit
+from stages.models.preprocessing import Preprocessing
 from stages.models.text import clean_caption, encode_texts, fitted_to
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError
-from stages.models.blocks import TextConfig, VisionConfig
-from stages.models.images import Preprocessing
+from stages.models.config import TextConfig, VisionConfig
+from stages.models.preprocessing import Preprocessing
 from stages.models.text import load_tokenizer
 
 if TYPE_CHECKING:

@@ -13,19 +13,16 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from stages.base import Config
 from stages.models.blocks import (
     KeyValue,
     LMHead,
-    TextConfig,
     TextStack,
-    VisionConfig,
     VisionTransformer,
     take_rows,
 )
+from stages.models.config import TEMPERATURE_RANGE, MedConfig, TextConfig
 from stages.models.losses import (
     MedLosses,
     Negatives,
@@ -36,31 +33,7 @@ from stages.models.losses import (
 )
 from stages.models.workers import Workers, cross_entropy
 
-TEMPERATURE_RANGE = (0.001, 0.5)
 NO_IMAGE_ID = -1
-
-
-class MedConfig(Config):
-    """MED's sizes and the constants of its losses; the defaults are BLIP's with ViT-B/16."""
-
-    vision: VisionConfig = VisionConfig()
-    text: TextConfig = TextConfig()
-    projection_dim: int = Field(default=256, ge=1)
-    queue_size: int = Field(default=57_600, ge=1)
-    momentum: float = Field(default=0.995, ge=0, le=1)
-    temperature: float = Field(default=0.07, ge=TEMPERATURE_RANGE[0], le=TEMPERATURE_RANGE[1])
-    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
-    max_text_tokens: int = Field(default=30, ge=3)
-    mask_same_image: bool = True
-
-    @model_validator(mode="after")
-    def _parts_fit(self) -> MedConfig:
-        if self.text.vision_width != self.vision.width:
-            raise ValueError(
-                f"text.vision_width {self.text.vision_width} must equal vision.width "
-                f"{self.vision.width}"
-            )
-        return self
 
 
 class _Features(NamedTuple):

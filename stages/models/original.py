@@ -25,7 +25,6 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from stages.errors import CheckpointError
-from stages.models.blocks import TextConfig, VisionConfig
 from stages.models.checkpoints import (
     CAPTION,
     FILTER,
@@ -38,8 +37,9 @@ from stages.models.checkpoints import (
     save_momentum,
     shared_names,
 )
+from stages.models.config import MedConfig, TextConfig, VisionConfig
 from stages.models.folders import check_tensors, one_line
-from stages.models.med import NO_IMAGE_ID, Med, MedConfig
+from stages.models.med import NO_IMAGE_ID, Med
 from stages.models.text import fitted_to, load_tokenizer
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import BertTokenizer
 
-    from stages.models.blocks import TextConfig
+    from stages.models.config import TextConfig
 
 DECODE_TOKEN = "[DEC]"
 ENCODE_TOKEN = "[ENC]"

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from stages.base import Config
 from stages.errors import CheckpointError
-from stages.models.blocks import LMHead, TextConfig, TextStack, VisionConfig, VisionTransformer
+from stages.models.blocks import LMHead, TextStack, VisionTransformer
 from stages.models.checkpoints import resized_positions
+from stages.models.config import TextConfig, VisionConfig
 from stages.models.folders import ModelFolder, check_tensors, one_line
 from stages.models.med import Med
 from stages.models.text import load_tokenizer

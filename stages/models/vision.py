@@ -6,51 +6,11 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stages.base import Config
+from stages.models.config import VisionConfig
 from stages.models.linear import gelu_of
-
-INITIALIZER_STD = 0.02
-
-
-class VisionConfig(Config):
-    """Sizes of the image encoder; the defaults are ViT-B/16 at BLIP's pretraining resolution."""
-
-    image_size: int = Field(default=224, ge=1)
-    patch_size: int = Field(default=16, ge=1)
-    width: int = Field(default=768, ge=1)
-    layers: int = Field(default=12, ge=1)
-    heads: int = Field(default=12, ge=1)
-    mlp_width: int = Field(default=3072, ge=1)
-    eps: float = Field(default=1e-6, gt=0)
-    initializer_std: float = Field(default=INITIALIZER_STD, gt=0)
-    """Of fresh weights. BLIP's 0.02 suits widths of about 768; narrow models that start from
-    nothing learn much faster with about 0.6 / sqrt(width)."""
-    position_std: float = Field(default=INITIALIZER_STD, gt=0)
-    """Of fresh position embeddings. Far below the patches' own size, where things are is learned
-    long after what they are."""
-
-    @model_validator(mode="after")
-    def _sizes_fit(self) -> VisionConfig:
-        check_heads(self.width, self.heads)
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
-        return self
-
-    @property
-    def patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
-
-
-def check_heads(width: int, heads: int) -> None:
-    """Refuse a width that does not split into equal heads."""
-    if width % heads:
-        raise ValueError(f"width {width} is not a multiple of heads {heads}")
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:

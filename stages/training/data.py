@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,15 +18,16 @@ import torch
 from torch import Tensor
 
 from stages.errors import SourceError
-from stages.models.images import CLIP_MEAN, CLIP_STD, DecodeError, decode
+from stages.models.images import DecodeError, decode
+from stages.models.preprocessing import CLIP_MEAN, CLIP_STD
 from stages.models.text import clean_caption, encode_texts
 from stages.training.augment import augmented
+from stages.training.config import Augmentation
 from stages.training.shards import Shards
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
 
-Augmentation = Literal["none", "blip"]
 Pixels = npt.NDArray[np.uint8]
 
 _TEXTS_AT_ONCE = 10_000

@@ -12,95 +12,30 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed import all_reduce
 
-from stages.base import Config, Context, operational
+from stages.base import Context
 from stages.errors import ConfigError, TrainingError
 from stages.models.losses import MedLosses
 from stages.models.med import Med
 from stages.models.workers import Workers
 from stages.schemas import TRAINING_LOG
-from stages.training.data import Augmentation, Batch, Images, Loader, Pairs
+from stages.training.config import TrainingConfig
+from stages.training.data import Batch, Images, Loader, Pairs
 from stages.training.device import default_device, torch_threads
 from stages.training.optimizer import Optimizers
-from stages.training.parallel import Parallel, parallel, whole_state
-from stages.training.schedule import Decay, Schedule
+from stages.training.parallel import parallel, whole_state
+from stages.training.schedule import Schedule
 
 CHECKPOINT = "training.pt"
 DIVERGED = 3.0
 """Training stops where the mean loss of a log line exceeds the first line's by this factor."""
-
-
-class TrainingConfig(Config):
-    """Optimiser, schedule and data order; subclasses set the paper's values of their stage."""
-
-    batch_size: int = Field(2880, ge=1)
-    """Pairs a step, over all workers and batches; must be divisible by their number."""
-    accumulate: int = Field(1, ge=1)
-    """Batches that a step's pairs are cut into, to save memory. ITC and ITM compare pairs within
-    one batch and with the queue, which is filled after each; momentum copies move once a step. A
-    loss is the mean of its batches' means: in LM a token weighs more where its batch has fewer."""
-    global_negatives: bool = True
-    """ITC's candidates and ITM's negatives come from all workers' pairs, and losses are means over
-    all of them, as if one worker held the batch. False: each worker's own, as the original's
-    pretraining does."""
-    epochs: float = Field(20, gt=0)
-    steps: int | None = Field(None, ge=1)
-    """Optimiser steps; takes the place of ``epochs``."""
-    lr: float = Field(3e-4, gt=0)
-    min_lr: float = Field(1e-6, ge=0)
-    warmup_lr: float = Field(1e-6, ge=0)
-    warmup_steps: int = Field(0, ge=0)
-    decay: Decay = "cosine"
-    """See `stages.training.schedule.Schedule`."""
-    decay_rate: float = Field(0.9, gt=0, le=1)
-    weight_decay: float = Field(0.05, ge=0)
-    muon_lr: float | None = Field(None, gt=0)
-    """Learning rate of Muon for the matrices of hidden layers, on the same schedule; None leaves
-    all to AdamW, as the paper does. See `stages.training.optimizer`."""
-    alpha: float = Field(0.4, ge=0, le=1)
-    """Weight of the momentum model's soft targets in ITC, after the ramp."""
-    alpha_epochs: float = Field(2, ge=0)
-    """Length of alpha's ramp from 0."""
-    clip_grad_norm: float | None = Field(None, gt=0)
-    """Largest gradient norm; None, as the original, does not clip."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast. The original trains in float32."""
-    augmentation: Augmentation = "blip"
-    """blip: random crop, flip, RandAugment. none: for texts that a flip would make wrong."""
-    min_scale: float = Field(0.2, gt=0, le=1)
-    """Smallest part of an image's area that a random crop keeps."""
-    max_words: int = Field(30, ge=1)
-    """Words of a text that are read."""
-    seed: int = Field(0, ge=0)
-    compile: bool = False
-    """torch.compile the layers; needs a C compiler. Rounds differently."""
-    parallel: Parallel = operational("ddp")
-    """What several workers hold: ddp all of the model, fsdp2 a part each."""
-    gradient_checkpointing: bool = operational(False)
-    """Compute layers again in the backward pass instead of keeping what they computed."""
-    checkpoint_every_steps: int = operational(500, ge=1)
-    log_every: int = operational(50, ge=1)
-    """Steps a line of the training log."""
-    threads: int | None = operational(None, ge=1)
-    """Threads of torch; None leaves them as they are. Other numbers may round differently."""
-    data_threads: int = operational(2, ge=0)
-    """Threads that prepare batches ahead; 0 prepares each when it is needed."""
-    cache_mb: int = operational(1024, ge=0)
-    """Memory for decoded images, MB a worker."""
-
-    @model_validator(mode="after")
-    def _optimizer_fits(self) -> TrainingConfig:
-        if self.muon_lr is not None and self.parallel == "fsdp2":
-            raise ValueError("muon_lr needs whole matrices; parallel 'fsdp2' parts them, use 'ddp'")
-        return self
 
 
 class Losses(nn.Module, ABC):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,10 @@ from torch.distributed import all_reduce, get_world_size
 from torch.nn.parallel import DistributedDataParallel
 
 from stages.models.med import Med
+from stages.training.config import Parallel
 
 if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
-
-Parallel = Literal["ddp", "fsdp2"]
 
 
 class Alone:

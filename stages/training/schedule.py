@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-Decay = Literal["step", "cosine", "epoch_cosine"]
+from stages.training.config import Decay
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,8 @@ from transformers import (
     BlipForImageTextRetrieval,
 )
 
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
+from stages.models.config import GenerationConfig
 from stages.models.matcher import Matcher
 from tests.bench import blip, capfilt_engine, floor
 

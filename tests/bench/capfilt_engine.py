@@ -21,7 +21,7 @@ from pipeline.store import Store
 from stages.base import Resources
 from stages.caption import CaptionConfig, CaptionStage
 from stages.download import DownloadConfig
-from stages.models.captioner import GenerationConfig
+from stages.models.config import GenerationConfig
 from stages.models.images import decode
 from stages.schemas import DOWNLOAD, IMAGES
 from tests.bench import blip

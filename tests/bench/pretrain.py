@@ -32,9 +32,9 @@ from transformers import BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel, BlipTextModel
 
-from stages.models.blocks import TextConfig, VisionConfig
+from stages.models.config import MedConfig, TextConfig, VisionConfig
 from stages.models.losses import MedLosses
-from stages.models.med import Med, MedConfig
+from stages.models.med import Med
 from tests.bench.memory import Peak
 
 ALPHA = 0.4

@@ -31,10 +31,11 @@ from pipeline.store import Store
 from stages.base import Config, Context, DatasetStage, LocalContext, ShardStage
 from stages.errors import ConfigError
 from stages.evaluate import EvaluateStage
-from stages.finetune import FilterFinetune, FilterFinetuneConfig, FilterLosses
+from stages.finetune import FilterFinetune, FilterLosses
 from stages.models.checkpoints import save_med
 from stages.models.losses import MedLosses
 from stages.models.workers import Workers
+from stages.training.config import FilterFinetuneConfig
 from stages.training.data import Batch
 
 if TYPE_CHECKING:

@@ -11,11 +11,12 @@ import torch
 
 from pipeline.store import Store
 from stages.base import LocalContext
-from stages.finetune import CaptionerLosses, FilterFinetuneConfig, FilterLosses
+from stages.finetune import CaptionerLosses, FilterLosses
 from stages.models.checkpoints import load_med, save_med
 from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
 from stages.schemas import PAIRS, TRAINING_INDEX
+from stages.training.config import FilterFinetuneConfig
 from stages.training.data import Batch, Images, Loader, Pairs
 from tests.bench import table1
 from tests.bench.variants import VARIANTS, Figures, ReplicateConfig, ReplicateStage, SharedLosses

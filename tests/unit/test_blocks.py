@@ -9,12 +9,8 @@ from torch import Tensor
 from transformers import BlipTextConfig
 from transformers.models.blip.modeling_blip_text import BlipTextLMHeadModel
 
-from stages.models.blocks import (
-    LMHead,
-    TextConfig,
-    TextStack,
-    take_rows,
-)
+from stages.models.blocks import LMHead, TextStack, take_rows
+from stages.models.config import TextConfig
 
 TOLERANCE = 1e-10
 TEXT = TextConfig(

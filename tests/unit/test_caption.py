@@ -10,8 +10,9 @@ import torch
 
 from stages.caption import CaptionConfig, CaptionStage
 from stages.errors import CheckpointError
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
 from stages.models.checkpoints import weights_hash
+from stages.models.config import GenerationConfig
 from stages.models.images import decode
 from stages.schemas import CAPTIONS, IMAGES
 from tests import tiny_models

@@ -11,9 +11,10 @@ from transformers import BlipForConditionalGeneration
 from transformers.generation import logits_process as theirs
 
 from stages.errors import CheckpointError, ConfigError
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
+from stages.models.config import GenerationConfig
 from stages.models.decoding import Decoding
-from stages.models.images import preprocess
+from stages.models.preprocessing import preprocess
 from stages.models.sampling import Rules, draw, nucleus, uniforms
 from tests import tiny_models
 

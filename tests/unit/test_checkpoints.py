@@ -18,7 +18,6 @@ from transformers import (
 )
 
 from stages.errors import CheckpointError
-from stages.models.blocks import TextConfig, VisionConfig
 from stages.models.checkpoints import (
     load_med,
     resized_positions,
@@ -27,8 +26,9 @@ from stages.models.checkpoints import (
     save_med,
     weights_hash,
 )
-from stages.models.images import preprocess
-from stages.models.med import Med, MedConfig
+from stages.models.config import MedConfig, TextConfig, VisionConfig
+from stages.models.med import Med
+from stages.models.preprocessing import preprocess
 from stages.models.text import encode_texts, fitted_to, load_tokenizer, word_tokenizer
 
 TEXTS = ["a red dog on the grass", "two cats"]

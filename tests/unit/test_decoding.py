@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
+from stages.models.config import GenerationConfig
 from stages.models.decoding import compacted
 from tests import tiny_models
 from tests.unit.test_captioner import random_images

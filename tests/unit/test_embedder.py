@@ -8,8 +8,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from stages.errors import CheckpointError
 from stages.models.embedder import Embedder
-from stages.models.images import preprocess
 from stages.models.matcher import Matcher
+from stages.models.preprocessing import preprocess
 from tests import tiny_models
 
 TEXTS = ["a cat", "two dogs, and 3 cars!", "", "x" * 100, "emoji 🙂 \u200f"]

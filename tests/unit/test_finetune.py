@@ -15,19 +15,19 @@ from stages.base import LocalContext
 from stages.errors import CheckpointError
 from stages.finetune import (
     CaptionerFinetune,
-    CaptionerFinetuneConfig,
     CaptionerLosses,
     FilterFinetune,
-    FilterFinetuneConfig,
     FilterLosses,
     train_only,
 )
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
 from stages.models.checkpoints import load_med
+from stages.models.config import GenerationConfig
 from stages.models.matcher import Matcher
 from stages.models.med import Med
 from stages.models.text import load_tokenizer
-from stages.pretrain import PretrainConfig, PretrainStage
+from stages.pretrain import PretrainStage
+from stages.training.config import CaptionerFinetuneConfig, FilterFinetuneConfig, PretrainConfig
 from stages.training.data import Batch, Images, Loader, Pairs
 from stages.training.loop import Losses
 from stages.training.swaps import WordSwaps

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BlipForImageTextRetrieval
 
 from stages.errors import CheckpointError
-from stages.models.blocks import TextConfig, VisionConfig, VisionTransformer
+from stages.models.blocks import VisionTransformer
+from stages.models.config import TextConfig, VisionConfig
 from stages.models.folders import ModelFolder
 from stages.models.matcher import Matcher
 from tests import tiny_models

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from transformers import BlipImageProcessorPil, CLIPImageProcessorPil
 
-from stages.models.images import FORMATS, DecodeError, Preprocessing, decode, preprocess
+from stages.models.images import FORMATS, DecodeError, decode
+from stages.models.preprocessing import Preprocessing, preprocess
 
 needs_data = pytest.mark.skipif(
     "CAPFILT_TEST_DATA" not in os.environ, reason="CAPFILT_TEST_DATA is not set"

@@ -14,7 +14,8 @@ from stages.base import fingerprinted
 from stages.errors import CheckpointError, ConfigError
 from stages.inference import InferenceConfig, batches, open_model
 from stages.models.checkpoints import weights_hash
-from stages.models.images import Preprocessing, decode
+from stages.models.images import decode
+from stages.models.preprocessing import Preprocessing
 from stages.schemas import IMAGES
 from tests import tiny_models
 from tests.images import cut, image_rows, jpeg

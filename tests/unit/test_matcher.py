@@ -7,8 +7,8 @@ from PIL import Image
 from transformers import BlipForImageTextRetrieval
 
 from stages.errors import CheckpointError, ConfigError
-from stages.models.images import preprocess
 from stages.models.matcher import MATCH, Matcher
+from stages.models.preprocessing import preprocess
 from tests import tiny_models
 
 TEXTS = [

@@ -7,9 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from stages.models.blocks import TextConfig, VisionConfig
+from stages.models.config import TEMPERATURE_RANGE, MedConfig, TextConfig, VisionConfig
 from stages.models.losses import MedLosses
-from stages.models.med import NO_IMAGE_ID, TEMPERATURE_RANGE, Med, MedConfig
+from stages.models.med import NO_IMAGE_ID, Med
 
 VOCABULARY = 40
 CONFIG = MedConfig(

@@ -10,7 +10,8 @@ from torch import nn
 
 from stages.errors import ConfigError
 from stages.models.base import InferenceModel, out_of_memory
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
+from stages.models.config import GenerationConfig
 from stages.models.linear import Int8Linear, PackedLinear, can_pack
 from tests import tiny_models
 from tests.unit.test_captioner import random_images

@@ -28,10 +28,11 @@ from transformers import (
 
 from pipeline.cli import main
 from stages.errors import CheckpointError
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
 from stages.models.checkpoints import load_med, resized_positions
+from stages.models.config import GenerationConfig, MedConfig
 from stages.models.matcher import Matcher
-from stages.models.med import Med, MedConfig
+from stages.models.med import Med
 from stages.models.original import import_checkpoint, original_name
 from tests.images import jpeg
 
@@ -315,7 +316,7 @@ def test_another_image_size(released: dict[str, Tensor], words: str, tmp_path: P
 @pytest.mark.parametrize("width", [384, 768, 1024])
 def test_heads_of_the_released_sizes_are_known(width: int, words: str, tmp_path: Path) -> None:
     """One layer of ViT-S, ViT-B and ViT-L width; BERT's text stack is as narrow as can be."""
-    from stages.models.blocks import TextConfig, VisionConfig
+    from stages.models.config import TextConfig, VisionConfig
 
     vision = VisionConfig(image_size=32, width=width, layers=1, heads=1, mlp_width=8)
     text = TextConfig(

@@ -21,8 +21,9 @@ from transformers import (
 from stages.base import LocalContext
 from stages.errors import CheckpointError, SourceError
 from stages.models.text import load_tokenizer
-from stages.pretrain import PretrainConfig, PretrainStage
+from stages.pretrain import PretrainStage
 from stages.schemas import TRAINING_LOG
+from stages.training.config import PretrainConfig
 from tests.toy_pairs import DyingContext, Killed, toy_med, toy_tar, toy_tokenizer, write_tar
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stages.models.blocks import TextConfig, VisionConfig
 from stages.models.checkpoints import load_tensors
-from stages.models.med import Med, MedConfig
+from stages.models.config import MedConfig, TextConfig, VisionConfig
+from stages.models.med import Med
 from stages.models.text import clean_caption
 
 FOLDER = Path(

@@ -8,7 +8,7 @@ import pytest
 from transformers import BertTokenizer
 
 from stages.errors import CheckpointError
-from stages.models.blocks import TextConfig
+from stages.models.config import TextConfig
 from stages.models.text import (
     BERT_TOKENS,
     clean_caption,

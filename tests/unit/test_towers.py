@@ -25,9 +25,9 @@ from transformers import (
 )
 
 from stages.errors import CheckpointError
-from stages.models.blocks import TextConfig, VisionConfig
 from stages.models.checkpoints import save_med
-from stages.models.med import Med, MedConfig
+from stages.models.config import MedConfig, TextConfig, VisionConfig
+from stages.models.med import Med
 from stages.models.text import encode_texts, fitted_to, load_tokenizer
 from stages.models.towers import start_towers, text_start
 

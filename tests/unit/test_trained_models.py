@@ -12,17 +12,17 @@ from PIL import Image
 from transformers import BlipForConditionalGeneration
 
 from stages.base import LocalContext
-from stages.models.blocks import TextConfig, VisionConfig
-from stages.models.captioner import Captioner, GenerationConfig
+from stages.models.captioner import Captioner
+from stages.models.config import GenerationConfig, MedConfig, TextConfig, VisionConfig
 from stages.models.matcher import Matcher
-from stages.models.med import MedConfig
-from stages.pretrain import PretrainConfig, PretrainStage
+from stages.pretrain import PretrainStage
 from stages.scenes.config import SceneConfig, WorldConfig
 from stages.scenes.language import captions, near_miss
 from stages.scenes.plan import annotated_scenes
 from stages.scenes.render import encode, render
 from stages.scenes.scene import Scene
 from stages.scenes.world import write_tokenizer
+from stages.training.config import PretrainConfig
 from tests.toy_pairs import sample, write_tar
 
 SCENES = SceneConfig(shapes=6, two_shapes=0.0, shape_size=0.42)

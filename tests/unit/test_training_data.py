@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from stages.errors import SourceError
-from stages.models.images import Preprocessing, decode
+from stages.models.images import decode
+from stages.models.preprocessing import Preprocessing
 from stages.models.text import load_tokenizer
 from stages.training.data import Images, Loader, Pairs
 from tests.toy_pairs import SIZE, png, sample, toy_tar, toy_tokenizer, write_tar

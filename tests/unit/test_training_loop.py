@@ -13,15 +13,16 @@ import torch.multiprocessing
 
 from stages.base import LocalContext
 from stages.errors import ConfigError, TrainingError
-from stages.finetune import CaptionerFinetune, CaptionerFinetuneConfig, CaptionerLosses
+from stages.finetune import CaptionerFinetune, CaptionerLosses
 from stages.models.losses import MedLosses
 from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
 from stages.models.workers import Workers
-from stages.pretrain import PretrainConfig, PretrainLosses, PretrainStage
+from stages.pretrain import PretrainLosses, PretrainStage
 from stages.schemas import TRAINING_LOG
+from stages.training.config import CaptionerFinetuneConfig, PretrainConfig, TrainingConfig
 from stages.training.data import Batch, Images, Loader, Pairs
-from stages.training.loop import CHECKPOINT, Losses, TrainingConfig, train
+from stages.training.loop import CHECKPOINT, Losses, train
 from tests.toy_pairs import SIZE, DyingContext, Killed, toy_med, toy_tar, toy_tokenizer
 
 CONFIG = TrainingConfig(

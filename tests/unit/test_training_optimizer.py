@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from stages.base import LocalContext
 from stages.models.med import Med
 from stages.pretrain import PretrainLosses
-from stages.training.loop import TrainingConfig, train
+from stages.training.config import TrainingConfig
+from stages.training.loop import train
 from stages.training.optimizer import Muon, Optimizers, hidden_matrices, orthogonal
 from stages.training.parallel import Alone
 from tests.toy_pairs import DyingContext, Killed

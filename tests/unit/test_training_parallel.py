@@ -22,8 +22,9 @@ from stages.finetune import (
 from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
 from stages.pretrain import PretrainLosses
+from stages.training.config import TrainingConfig
 from stages.training.data import Pairs
-from stages.training.loop import CHECKPOINT, Losses, TrainingConfig, train
+from stages.training.loop import CHECKPOINT, Losses, train
 from stages.training.parallel import Replicated
 from stages.training.swaps import WordSwaps
 from tests.toy_pairs import COLOURS, png, sample, toy_med, toy_tokenizer, write_tar

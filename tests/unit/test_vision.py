@@ -6,7 +6,8 @@ from pydantic import ValidationError
 from transformers import BlipVisionConfig
 from transformers.models.blip.modeling_blip import BlipVisionModel
 
-from stages.models.vision import VisionConfig, VisionTransformer
+from stages.models.config import VisionConfig
+from stages.models.vision import VisionTransformer
 
 CONFIG = VisionConfig(image_size=32, patch_size=8, width=48, layers=2, heads=4, mlp_width=96)
 
