@@ -107,8 +107,11 @@ def _one_line(error: Exception) -> str:
 def _pack(job: ShardJob, carried: Mapping[str, pa.Table] | None) -> pa.Table:
     """One row: the job and the tables it carries as Arrow IPC; None says that it failed."""
     packed = None if carried is None else [(k, _to_ipc(v)) for k, v in carried.items()]
-    told = json.dumps(asdict(job))
-    return pa.table({"job": [told], "carried": pa.array([packed], _ROW.field(1).type)}, _ROW)
+    return pa.table({"job": [_told(job)], "carried": pa.array([packed], _ROW.field(1).type)}, _ROW)
+
+
+def _told(job: ShardJob) -> str:
+    return json.dumps(asdict(job))
 
 
 def _job(row: pa.Table) -> ShardJob:
@@ -117,6 +120,8 @@ def _job(row: pa.Table) -> ShardJob:
 
 
 def _unpack(row: pa.Table) -> dict[str, pa.Table] | None:
+    if "carried" not in row.column_names:  # the pass begins
+        return {}
     packed = row["carried"][0]
     if not packed.is_valid:
         return None
@@ -196,7 +201,9 @@ def _one_pass(
     active = [task for task in tasks if task.name in needed]
     plan = Pass(store, tuple(t.name for t in active), board, read_removed(store))
     shares = fit({task.name: task.build(None).resources for task in active}, grows_to)
-    dataset = ray.data.from_arrow([_pack(job, {}) for job in jobs])
+    # Items are made into blocks here; `from_arrow` would start a task a shard to look at each.
+    rows = [{"job": _told(job)} for job in jobs]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for task in active:
         shards_of = sum(task.name in job.todo for job in jobs)
         dataset = _operator(dataset, task, shares[task.name].of_at_most(shards_of), plan)
