@@ -97,6 +97,8 @@ class Published:
     """Record names, in the order of their shards."""
     pattern: str
     """Which of their payloads, as a shell pattern over the path."""
+    in_turn: bool = False
+    """The stage reads one after the other: only one need lie on its machine."""
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class _Planner:
             tables["tombstones"] = Published(self._tombstones, "*.parquet")
         select = self._task(SelectStage(self._select, names), self._select, tables)
         pairs = _output(select, "*/pairs.parquet")
-        images = Published(tuple(self._records["download"]), "*.tar")
+        images = Published(tuple(self._records["download"]), "*.tar", in_turn=True)
         assemble = self._task(
             AssembleStage(config.assemble, names),
             config.assemble,

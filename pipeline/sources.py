@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.config import RunConfig
+from pipeline.in_turn import InTurn
 from pipeline.records import Payload, Record, fingerprint
 from pipeline.store import Store
 from pipeline.version import code_version
@@ -36,7 +37,7 @@ def ingest(config: RunConfig, store: Store) -> Shards:
     if files := new_files(config, records):
         earlier = [payload for record in records for payload in record.payloads]
         with SeenPairs() as seen:
-            seen.read(store.local_copy(payload.path) for payload in earlier)
+            seen.read(InTurn(store, [payload.path for payload in earlier]))
             for file in files:
                 records.append(_cut(config, store, file, shards_of(records), seen))
     return {

@@ -256,6 +256,11 @@ class Store:
                 self._fetch(relative, target)
         return target
 
+    def drop_copy(self, relative: str) -> None:
+        """Give back the space of `local_copy`; the file itself stays in the store."""
+        if not self.is_local:
+            (self.cache / relative).unlink(missing_ok=True)
+
     def _fetch(self, relative: str, target: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         with (

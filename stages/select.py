@@ -309,13 +309,16 @@ UPDATE alone SET state = 'rejected', detail = 'more images than select.text_cap 
 WHERE pair_id IN (SELECT pair_id FROM capped)
 """
 
-_TEXTS = """
+MOST_TEXTS = 1000
+"""Rows of the table of shared texts: the most shared."""
+
+_TEXTS = f"""
 SELECT normal AS text, source, count(DISTINCT sample_id) AS images,
     count(*) FILTER (state = 'good') AS good,
     count(*) FILTER (pair_id IN (SELECT pair_id FROM capped)) AS capped
 FROM alone WHERE source <> 'human' AND normal <> ''
 GROUP BY normal, source HAVING count(DISTINCT sample_id) > 1
-ORDER BY images DESC, text, source LIMIT 1000
+ORDER BY images DESC, text, source LIMIT {MOST_TEXTS}
 """
 
 _SURVIVORS = """

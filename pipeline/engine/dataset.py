@@ -17,6 +17,7 @@ from pipeline.dag import DatasetTask, Published
 from pipeline.engine import metrics
 from pipeline.engine.shard import open_model
 from pipeline.engine.spread import Spread
+from pipeline.in_turn import InTurn
 from pipeline.records import Record
 from pipeline.store import Store
 from pipeline.version import code_version
@@ -97,21 +98,22 @@ class Checkpoints:
         self._store.remove(self._folder)
 
 
-def open_inputs(task: DatasetTask, store: Store) -> dict[str, list[Path]]:
+def open_inputs(task: DatasetTask, store: Store) -> dict[str, Sequence[Path]]:
     """The task's inputs as local paths; records are read now, not when the task was planned."""
     return {name: open_input(source, store) for name, source in task.inputs.items()}
 
 
-def open_input(source: Published | str, store: Store) -> list[Path]:
+def open_input(source: Published | str, store: Store) -> Sequence[Path]:
     """Local paths of published files, or the one folder that ``source`` names."""
     if isinstance(source, str):
         return [Path(open_model(source, store))]
-    return [
-        store.local_copy(payload.path)
+    files = [
+        payload.path
         for record in store.read_records(source.records)
         for payload in record.payloads
         if fnmatchcase(payload.path, source.pattern)
     ]
+    return InTurn(store, files) if source.in_turn else [store.local_copy(file) for file in files]
 
 
 def publish_folder(task: DatasetTask, store: Store, output: Path, started: float) -> Record:

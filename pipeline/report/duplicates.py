@@ -8,6 +8,7 @@ from pipeline.inspect import Query
 from pipeline.report.collect import RoundFacts
 from pipeline.report.safe import plain
 from pipeline.store import Store
+from stages.select import MOST_TEXTS
 
 
 def read_duplicates(store: Store, rounds: Sequence[RoundFacts]) -> list[tuple[str, str]]:
@@ -28,7 +29,9 @@ def read_duplicates(store: Store, rounds: Sequence[RoundFacts]) -> list[tuple[st
         (row,) = Query(store, {"texts": facts.views["texts"]}).run(_TEXTS, 1)[1]
         shared, capped, text, images = row
         if shared:
-            told.append(("Texts that images share", f"{shared:,}, {capped:,} pairs capped"))
+            which = "the most shared" if shared == MOST_TEXTS else "all"
+            how_many = f"{shared:,} ({which}), {capped:,} pairs of them capped"
+            told.append(("Texts that images share", how_many))
             told.append(("The most shared", f"“{plain(text, 60)}”, {images:,} images"))
     return told
 

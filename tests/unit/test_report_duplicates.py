@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from pipeline.report.collect import read_facts
 from pipeline.report.duplicates import read_duplicates
 from pipeline.report.render import render
 from pipeline.runfolder import read_rounds
 from pipeline.store import Store
-from stages.schemas import DEDUP
+from stages.schemas import DEDUP, TEXTS
 from tests.run_folder import make_run
 from tests.tables import filled
 
@@ -59,3 +61,21 @@ def test_before_dedup_there_is_nothing_to_tell(tmp_path: Path) -> None:
     store = make_run(str(tmp_path / "run"))
     assert read_duplicates(store, read_facts(store).rounds) == []
     assert "How duplicates were searched" not in render(store)
+
+
+@pytest.mark.parametrize(("rows", "which"), [(3, "3 (all), 6"), (1000, "1,000 (the most shared)")])
+def test_the_table_of_shared_texts_says_what_it_holds(
+    tmp_path: Path, rows: int, which: str
+) -> None:
+    store = searched(tmp_path / "run")
+    (name,) = read_rounds(store)[1].records["select"]
+    record = store.read_record(name)
+    shared = [{"text": f"t{n}", "source": "web", "images": 5, "capped": 2} for n in range(rows)]
+    payload = store.put_table("selected", filled(TEXTS, shared))
+    store.write_bytes("selected/texts.parquet", store.read_bytes(payload.path))
+    moved = payload.model_copy(update={"path": "selected/texts.parquet"})
+    store.remove(name)
+    others = [p for p in record.payloads if not p.path.endswith("/texts.parquet")]
+    store.publish(record.model_copy(update={"payloads": (*others, moved)}))
+    told = dict(read_duplicates(store, read_facts(store).rounds))
+    assert told["Texts that images share"].startswith(which)
