@@ -61,6 +61,9 @@ class ShardTask:
     """Hub id, folder, or `made_here` for weights of the run itself."""
     weights: str = ""
     """Hash of the weights; empty for stages without a model."""
+    of_human: bool = False
+    """Whether shards of human pairs pass the stage. These are trusted: fetched, never captioned,
+    filtered or deduplicated, and embedded only to be compared with evaluation sets."""
 
     @property
     def scope(self) -> int | None:
@@ -176,8 +179,7 @@ def _plan_shard(
     as_before = shared is None or inherited.get(("shared", shard)) == prints.get("shared")
     todo = []
     for task in tasks:
-        # Human pairs are trusted: they are fetched, never captioned, filtered or deduplicated.
-        if kind == "human" and task.name != "download":
+        if kind == "human" and not task.of_human:
             continue
         print_ = inherited.get((task.name, shard)) if as_before else None
         prints[task.name] = print_ or task.fingerprint(
@@ -253,7 +255,7 @@ def shard_tasks(
 
     A raw round (round 0) only downloads: it trains the first models on the pairs as they came.
     """
-    tasks = [ShardTask("download", round_, config.download)]
+    tasks = [ShardTask("download", round_, config.download, of_human=True)]
     if not raw:
         configs: dict[str, Config] = {
             "embed": config.embed,
@@ -262,5 +264,8 @@ def shard_tasks(
         }
         for name, stage_config in configs.items():
             model, weights = model_of(name)
-            tasks.append(ShardTask(name, round_, stage_config, model, weights))
+            compared = name == "embed" and bool(
+                config.dedup.evaluation or config.dev or config.test
+            )
+            tasks.append(ShardTask(name, round_, stage_config, model, weights, compared))
     return tasks

@@ -156,22 +156,23 @@ def _unit(block: npt.NDArray[np.float16], width: int, path: Path) -> Matrix:
 
 def contaminated(
     download: Sequence[Path],
-    images: Images,
+    kinds: Sequence[Images],
     evaluation: Evaluation,
     config: DedupConfig,
     ctx: Context,
 ) -> pa.Table:
-    """A CONTAMINATED table: samples that show an evaluation picture, by the rule that ties
-    duplicates. Human samples, which have no embedding, only by equal files or pixels."""
+    """A CONTAMINATED table: samples, of web or human images as ``kinds`` holds them, that show an
+    evaluation picture, by the rule that ties duplicates."""
     found: dict[str, tuple[str, str, float | None]] = {}
     for sample, name in _equal(download, evaluation):
         found.setdefault(sample, (name, "exact", 1.0))
-    ids = images.sample_ids
-    for row, item, cosine in _perceptual(images, evaluation, config, ctx):
-        known = None if np.isnan(cosine) else cosine
-        found.setdefault(ids[row].as_py(), (evaluation.names[item], "perceptual", known))
-    for row, item, cosine in _semantic(images, evaluation, config, ctx):
-        found.setdefault(ids[row].as_py(), (evaluation.names[item], "semantic", cosine))
+    for images in kinds:
+        ids = images.sample_ids
+        for row, item, cosine in _perceptual(images, evaluation, config, ctx):
+            known = None if np.isnan(cosine) else cosine
+            found.setdefault(ids[row].as_py(), (evaluation.names[item], "perceptual", known))
+        for row, item, cosine in _semantic(images, evaluation, config, ctx):
+            found.setdefault(ids[row].as_py(), (evaluation.names[item], "semantic", cosine))
     rows = [(sample, *found[sample]) for sample in sorted(found)]
     columns = zip(*rows, strict=True) if rows else ([], [], [], [])
     return pa.table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -72,8 +73,14 @@ class Images:
         return len(self.sample_ids)
 
 
-def load_images(download: Sequence[Path], embeddings: Sequence[Path], scratch: Path) -> Images:
-    """The downloaded web images of a round, their embeddings in a file below ``scratch``.
+def load_images(
+    download: Sequence[Path],
+    embeddings: Sequence[Path],
+    scratch: Path,
+    source: Literal["web", "human"] = "web",
+) -> Images:
+    """The downloaded images of a round from one kind of source, their embeddings in a file below
+    ``scratch``.
 
     Of a sample that two shards hold, the smallest hashes count, so that the order of shards does
     not.
@@ -83,14 +90,14 @@ def load_images(download: Sequence[Path], embeddings: Sequence[Path], scratch: P
     """
     names = ["sample_id", "source", "status", "sha256", "pixel_sha256", "phash"]
     table = read_table(download, DOWNLOAD, names)
-    wanted = pc.and_(pc.equal(table["source"], "web"), pc.equal(table["status"], "success"))
+    wanted = pc.and_(pc.equal(table["source"], source), pc.equal(table["status"], "success"))
     hashes = ("sha256", "pixel_sha256", "phash")
     table = table.filter(wanted).group_by("sample_id").aggregate([(h, "min") for h in hashes])
     table = table.sort_by("sample_id").combine_chunks()
     sample_ids, sha256, pixels, phash = (
         table[name].combine_chunks() for name in ("sample_id", *(f"{h}_min" for h in hashes))
     )
-    vectors, embedded, model = load_embeddings(embeddings, sample_ids, scratch / "embeddings.f16")
+    vectors, embedded, model = load_embeddings(embeddings, sample_ids, scratch / f"{source}.f16")
     hashed = np.asarray(phash.is_valid())
     return Images(sample_ids, sha256, pixels, hash_bytes(phash), hashed, vectors, embedded, model)
 

@@ -52,7 +52,7 @@ class DedupStage(DatasetStage):
     """
 
     name = "dedup"
-    version = 3
+    version = 4
 
     def __init__(self, config: DedupConfig, images: ImageConfig) -> None:
         """``images`` is how the run's images were decoded; evaluation sets are decoded alike."""
@@ -64,7 +64,7 @@ class DedupStage(DatasetStage):
             images = load_images(inputs["download"], inputs.get("embeddings", ()), Path(scratch))
             earlier = read_table(inputs.get("earlier", ()), CLUSTERS, CLUSTERS.names)
             clusters, measured = find_clusters(images, earlier, self.config, ctx, Path(scratch))
-            collisions = self._contaminated(inputs, images, ctx)
+            collisions = self._contaminated(inputs, images, Path(scratch), ctx)
         facts = {**measured, ("contamination", "images"): float(len(collisions))}
         rows = [(net, metric, value) for (net, metric), value in facts.items()]
         table = pa.table(dict(zip(DEDUP.names, zip(*rows, strict=True), strict=True)), DEDUP)
@@ -75,7 +75,7 @@ class DedupStage(DatasetStage):
         pq.write_table(table, output_dir / "dedup.parquet")
 
     def _contaminated(
-        self, inputs: Mapping[str, Sequence[Path]], images: Images, ctx: Context
+        self, inputs: Mapping[str, Sequence[Path]], web: Images, scratch: Path, ctx: Context
     ) -> pa.Table:
         sets = {
             name.removeprefix(EVALUATION): files[0]
@@ -83,8 +83,12 @@ class DedupStage(DatasetStage):
             if name.startswith(EVALUATION)
         }
         embedder = next(iter(inputs.get("embedder", ())), None)
-        evaluation = read_evaluation(sets, embedder, self.images, images.vectors.width)
-        found = contaminated(inputs["download"], images, evaluation, self.config, ctx)
+        evaluation = read_evaluation(sets, embedder, self.images, web.vectors.width)
+        kinds = [web]
+        if sets:
+            embeddings = inputs.get("embeddings", ())
+            kinds.append(load_images(inputs["download"], embeddings, scratch, "human"))
+        found = contaminated(inputs["download"], kinds, evaluation, self.config, ctx)
         check_share(inputs["download"], found, self.config.max_contaminated)
         return found
 

@@ -55,9 +55,8 @@ def tables(folder: Path, embedder: Path, web: dict[str, bytes], human: dict[str,
             known = {"sample_id": sample, "source": source, "status": "success"}
             names = ("sha256", "pixel_sha256", "phash")
             rows.append(known | {name: getattr(outcome, name) for name in names})
-            if source == "web":
-                vector = model.embed_images([decode(outcome.image)])[0]
-                vectors.append({"sample_id": sample, "embedding": vector, "status": "success"})
+            vector = model.embed_images([decode(outcome.image)])[0]
+            vectors.append({"sample_id": sample, "embedding": vector, "status": "success"})
     pq.write_table(filled(DOWNLOAD, rows), folder / "download.parquet")
     pq.write_table(filled(EMBEDDINGS, vectors, model="m"), folder / "embed.parquet")
     return {
@@ -88,7 +87,11 @@ def test_every_net_finds_what_folders_and_tars_hold(tmp_path: Path, embedder: Pa
         "smaller": encoded(picture(3).resize((48, 48)), "JPEG", quality=80),
         "other": encoded(picture(4)),
     }
-    human = {"annotated": encoded(picture(1)), "also": encoded(picture(5))}
+    human = {
+        "annotated": encoded(picture(1)),
+        "resaved": encoded(picture(3), "JPEG", quality=70),
+        "also": encoded(picture(5)),
+    }
     inputs = tables(tmp_path, embedder, web, human)
     (tmp_path / "test" / "deep").mkdir(parents=True)
     (tmp_path / "test" / "deep" / "one.png").write_bytes(encoded(picture(1)))
@@ -107,13 +110,14 @@ def test_every_net_finds_what_folders_and_tars_hold(tmp_path: Path, embedder: Pa
         semantic_cosine=None, perceptual_distance=60, perceptual_cosine=0.5, max_contaminated=1
     )
     found = run(tmp_path, inputs, config)
-    assert set(found) == {"file", "pixels", "smaller", "annotated"}
+    assert set(found) == {"file", "pixels", "smaller", "annotated", "resaved"}
     assert found["file"] == found["annotated"] == ("test/deep/one.png", "exact", 1.0)
     assert found["pixels"] == ("test/two.png", "exact", 1.0)
     assert found["smaller"][:2] == ("coco/000001.jpg", "perceptual")
+    assert found["resaved"][:2] == ("coco/000001.jpg", "perceptual")
     assert 0.5 <= (found["smaller"][2] or 0) < 1.0
     strict = config.model_copy(update={"perceptual_cosine": 1.0})
-    assert set(run(tmp_path, inputs, strict)) == set(found) - {"smaller"}
+    assert set(run(tmp_path, inputs, strict)) == set(found) - {"smaller", "resaved"}
     measured = pq.read_table(tmp_path / "dedup.parquet").to_pylist()
     assert {"net": "contamination", "metric": "images", "value": 3.0} in measured
 

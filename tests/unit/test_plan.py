@@ -122,6 +122,15 @@ def test_probes_and_evaluation_sets_reach_dedup_by_content(tmp_path: Path) -> No
         records(MODELS, **dedup)
 
 
+def test_human_images_are_embedded_where_evaluation_sets_are_looked_for(tmp_path: Path) -> None:
+    (tmp_path / "coco.tar").write_bytes(b"1")
+    compared = {"dedup": {"evaluation": [str(tmp_path / "coco.tar")]}}
+    for fields, stages in (({}, ["download"]), (compared, ["download", "embed"])):
+        plan = plan_round(config(**fields), 1, SHARDS, MODELS, None, {})
+        _, human = plan.jobs(set())
+        assert human.shard == "000001" and list(human.todo) == stages
+
+
 def test_a_round_takes_over_the_clusters_of_the_one_before() -> None:
     first = plan_round(config(), 1, SHARDS, MODELS, None, {})
     assert "earlier" not in first.task("dedup").inputs
