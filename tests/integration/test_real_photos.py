@@ -213,6 +213,8 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
         file.write_text(yaml.safe_dump(values), "utf-8")
         ended = capfilt("run", str(file))
         assert ended.returncode == 0, ended.stderr[-3000:] + ended.stdout[-2000:]
+        # What Ray and its workers say goes to a file.
+        assert ended.stderr == "" and (folder / "run" / "logs" / "ray.log").is_file()
         yield Done(folder / "run", web)
 
 
