@@ -6,8 +6,8 @@
 
 The unmodified engine runs download, caption, filter and embed over source shards of one row, on a
 `cluster_utils` cluster of fake GPUs. A stage sleeps its part of ``--seconds``, the GPU time of a
-shard, then writes its table and publishes its record. Every replica is a real process of some 100
-to 200 MiB, so this machine's memory bounds their number, and beyond ``--replicas`` a replica holds
+shard, then writes its table and publishes its record. Every replica is a real process of about
+230 MiB, so this machine's memory bounds their number, and beyond ``--replicas`` a replica holds
 several GPUs, which take a shard together in as much less time. Its cores bound the driver too,
 which shares them with all its workers: figures at many GPUs are worse than a cluster's.
 
@@ -160,7 +160,8 @@ def measure(gpus: int, raylets: int, options: argparse.Namespace, folder: Path) 
     store.ensure()
     known = make_sources(store, shards)
     tasks = tasks_for(gpus, count, seconds)
-    here = {"num_cpus": 4, "num_gpus": gpus // raylets}
+    # Ray starts a worker ahead for each CPU; one is enough, since only the stages work here.
+    here = {"num_cpus": 1, "num_gpus": gpus // raylets}
     cluster = Cluster(initialize_head=True, head_node_args=here)
     try:
         for _ in range(raylets - 1):
