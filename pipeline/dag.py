@@ -207,9 +207,8 @@ def stage_input(name: str, tables: Mapping[str, pa.Table]) -> pa.Table:
 
 
 def _images(download: pa.Table) -> pa.Table:
-    """One row an image that was fetched for a web text."""
-    mask = pc.and_(pc.is_valid(download["image"]), pc.equal(download["source"], "web"))
-    return download.filter(mask).select(IMAGES.names).cast(IMAGES)
+    """One row an image that was fetched."""
+    return download.filter(pc.is_valid(download["image"])).select(IMAGES.names).cast(IMAGES)
 
 
 def _without(images: pa.Table, shared: pa.Table) -> pa.Table:

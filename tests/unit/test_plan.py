@@ -8,9 +8,11 @@ import pytest
 
 from pipeline.config import RunConfig, parse
 from pipeline.course import labelled
-from pipeline.dag import Published, print_of
+from pipeline.dag import Published, print_of, stage_input
 from pipeline.plan import Model, Sharing, content_of, evaluation_sets, plan_round, probes
 from stages.errors import SourceError
+from stages.schemas import DOWNLOAD
+from tests.tables import filled
 
 
 def config(**fields: object) -> RunConfig:
@@ -184,3 +186,9 @@ def test_labels_taken_over_give_way_where_images_share_something_else() -> None:
     for other in (shared.format("bb"), None):
         alone, changed = prints(better, other, inherited)
         assert alone == kept[0] and changed.isdisjoint(kept[1])
+
+
+def test_the_images_of_human_pairs_reach_embed() -> None:
+    known = {"source": "human", "status": "success", "sha256": "00"}
+    rows = [known | {"sample_id": "a", "image": b"1"}, known | {"sample_id": "a", "image": None}]
+    assert stage_input("embed", {"download": filled(DOWNLOAD, rows)}).num_rows == 1
