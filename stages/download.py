@@ -80,7 +80,7 @@ class DownloadStage(ShardStage):
     """
 
     name = "download"
-    version = 4
+    version = 5
     input_schema = SOURCES
     output_schema = DOWNLOAD
 
