@@ -87,8 +87,7 @@ def forget(store: Store, kind: Kind, values: Sequence[str]) -> Forgotten:
     started = time.time()
     rounds = read_rounds(store)
     published = store.record_names()
-    downloads = store.read_records(n for n in published if "/stage=download/" in n)
-    table = _resolve(store, kind, values, downloads)
+    table = _resolve(store, kind, values, _downloads(store, published))
     samples = set(filter(None, table["sample_id"].to_pylist()))
     before = read_removed(store)
     hashes = set(filter(None, table["sha256"].to_pylist()))
@@ -99,6 +98,30 @@ def forget(store: Store, kind: Kind, values: Sequence[str]) -> Forgotten:
         _publish(store, table, seen_by, started)
     known = _known(store, samples, published)
     return Forgotten(len(values), len(known), new, tuple(seen_by))
+
+
+def catch_up(store: Store) -> None:
+    """Publish tombstones for the samples of forgotten hashes that were downloaded since. A pass
+    keeps to the tombstones of its beginning, and what later stages and readers know is samples.
+
+    Raises:
+        StoreError: the run folder cannot be read or written.
+    """
+    started = time.time()
+    before = read_removed(store)
+    if not before.hashes:
+        return
+    published = store.record_names()
+    found = _resolve(store, "hash", sorted(before.hashes), _downloads(store, published))
+    new = pc.invert(among(found["sample_id"], before.samples))
+    table = found.filter(pc.and_(new, pc.is_valid(found["sample_id"])))
+    if table.num_rows:
+        samples = set(table["sample_id"].to_pylist())
+        _publish(store, table, _seen_by(store, read_rounds(store), published, samples), started)
+
+
+def _downloads(store: Store, published: set[str]) -> list[Record]:
+    return store.read_records(name for name in published if "/stage=download/" in name)
 
 
 def _resolve(

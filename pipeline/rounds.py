@@ -29,6 +29,7 @@ from pipeline.engine.data import run_shards
 from pipeline.engine.dataset import run_dataset
 from pipeline.engine.shard import payload
 from pipeline.engine.train import run_training
+from pipeline.forget import catch_up
 from pipeline.lease import held, terminable
 from pipeline.plan import Model, RoundPlan
 from pipeline.preview import preview
@@ -90,6 +91,7 @@ def opened(config: RunConfig, screen: Screen) -> Iterator[tuple[RunConfig, Store
         held(unfenced, screen.note) as store,
         sample_world(config, store) as (filled, world),
     ):
+        catch_up(store)
         yield filled, store, world
 
 
@@ -183,6 +185,8 @@ class _Loop:
         for the next round, so that a resumed round is the round that was begun."""
         path = f"round={number:02d}/plan.json"
         begun = self._store.read_json(path)
+        if begun is None:
+            catch_up(self._store)  # with what the round before has downloaded
         shards = ingest(self._config, self._store) if begun is None else shards_of_plan(begun)
         plan, gate = course.plan(number, begun, shards)
         self._store.write_json(path, plan.document(gate))

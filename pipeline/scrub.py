@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 
 from pipeline.engine.shard import count_by
 from pipeline.engine.spread import SPREAD
+from pipeline.forget import catch_up
 from pipeline.lease import held
 from pipeline.ledger import LedgerStage
 from pipeline.records import Payload, Record
@@ -71,6 +72,7 @@ def scrub(store: Store, tell: Callable[[str], None]) -> Scrubbed:
 
 
 def _scrub(store: Store) -> Scrubbed:
+    catch_up(store)
     samples = read_removed(store).samples
     work = partial(_scrub_record, store, samples=samples)
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:

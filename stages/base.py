@@ -77,6 +77,8 @@ class ShardStage(ABC):
     version: ClassVar[int]
     input_schema: ClassVar[pa.Schema]
     output_schema: ClassVar[pa.Schema]
+    replicas: int = 1
+    """Workers that the stage may grow to, this one among them; told before `setup`."""
 
     @property
     @abstractmethod

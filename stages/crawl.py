@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 import time
 from collections import deque
@@ -56,11 +57,14 @@ class Crawler:
         """The caller is done with the body."""
         self._fetcher.release(fetched)
 
-    def fetch_all(self, urls: Mapping[str, str]) -> Iterator[tuple[str, Fetched]]:
+    def fetch_all(
+        self, urls: Mapping[str, str], deadline: float = math.inf
+    ) -> Iterator[tuple[str, Fetched]]:
         """(key, what became of its URL), each key once, in the order of arrival. What has not
-        come when ``shard_timeout`` is up is ``timeout``. Hand each result to `release`, or bodies
-        fill the memory that is set aside for them, and no more come."""
-        shard = _Shard(self._config, self._fetcher, self._hosts)
+        come when ``shard_timeout`` is up, or by ``deadline`` (of `time.monotonic`), is
+        ``timeout``. Hand each result to `release`, or bodies fill the memory that is set aside for
+        them, and no more come."""
+        shard = _Shard(self._config, self._fetcher, self._hosts, deadline)
         yield from shard.run(urls)
         # A host that was set aside is asked once more by the next shard: it may have come back.
         most = self._config.host_failures - 1
@@ -74,9 +78,11 @@ class Crawler:
 class _Shard:
     """The crawl of one shard."""
 
-    def __init__(self, config: FetchConfig, fetcher: Fetcher, hosts: dict[str, _Host]) -> None:
+    def __init__(
+        self, config: FetchConfig, fetcher: Fetcher, hosts: dict[str, _Host], deadline: float
+    ) -> None:
         self._config, self._fetcher, self._hosts = config, fetcher, hosts
-        self._deadline = time.monotonic() + config.shard_timeout
+        self._deadline = min(deadline, time.monotonic() + config.shard_timeout)
         self._turn: deque[str] = deque()  # hosts that have a URL queued, perhaps several times
         self._later: list[tuple[float, int, _Url | None, str]] = []
         self._order = itertools.count()

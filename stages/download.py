@@ -9,6 +9,7 @@ or a file does.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,7 +29,9 @@ from stages.schemas import DOWNLOAD, SOURCES, check
 
 STATUSES = (
     "success",
-    "duplicate_row",  # an earlier row has the same image and text
+    # An earlier row has the same URL and text. A URL that comes with another text is fetched once,
+    # and each of its rows has its status: there is no `duplicate_url`, the texts are all wanted.
+    "duplicate_row",
     "invalid_url",  # not http(s), or no address at all
     "blocked_address",  # inside the network
     "dns",
@@ -80,7 +83,7 @@ class DownloadStage(ShardStage):
     """
 
     name = "download"
-    version = 4
+    version = 5
     input_schema = SOURCES
     output_schema = DOWNLOAD
 
@@ -92,7 +95,8 @@ class DownloadStage(ShardStage):
         return self.config.resources
 
     def setup(self) -> None:
-        self._crawler = Crawler(self.config)
+        each = max(1, self.config.host_connections // self.replicas)
+        self._crawler = Crawler(self.config.model_copy(update={"host_connections": each}))
         self._keep = ImageKeeper(self.config)
 
     def process(self, table: pa.Table) -> pa.Table:
@@ -131,21 +135,25 @@ class DownloadStage(ShardStage):
         of_url: Mapping[str, str],
         hashes: Mapping[str, str],
     ) -> Generator[_Work]:
-        yield from self._read(of_media)
-        yield from self._fetched(of_url, hashes)
+        deadline = time.monotonic() + self.config.shard_timeout
+        yield from self._read(of_media, deadline)
+        yield from self._fetched(of_url, hashes, deadline)
 
-    def _read(self, of_media: Mapping[str, list[str]]) -> Iterator[_Work]:
-        for name, data in media.read_many(of_media, self.config.max_bytes):
+    def _read(self, of_media: Mapping[str, list[str]], deadline: float) -> Iterator[_Work]:
+        for name, data in media.read_many(of_media, self.config.max_bytes, deadline):
             if isinstance(data, OSError):
-                yield of_media[name], Outcome("unreadable", str(data)[:300])
+                status = "timeout" if isinstance(data, TimeoutError) else "unreadable"
+                yield of_media[name], Outcome(status, str(data)[:300])
             elif len(data) > self.config.max_bytes:
                 problem = f"more than {self.config.max_bytes} bytes"
                 yield of_media[name], Outcome("too_large", problem)
             else:
                 yield of_media[name], partial(self._keep, data)
 
-    def _fetched(self, of_url: Mapping[str, str], hashes: Mapping[str, str]) -> Iterator[_Work]:
-        for sample, fetched in self._crawler.fetch_all(of_url):
+    def _fetched(
+        self, of_url: Mapping[str, str], hashes: Mapping[str, str], deadline: float
+    ) -> Iterator[_Work]:
+        for sample, fetched in self._crawler.fetch_all(of_url, deadline):
             if fetched.status == "success":
                 yield [sample], partial(self._judged, fetched, hashes.get(sample))
             else:

@@ -32,7 +32,7 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 TRY_AGAIN_CODES = frozenset({408, 425, 429})
 """HTTP statuses below 500 that may pass."""
 
-_RULES_BYTES = 512 * 1024  # of robots.txt; RFC 9309 asks to read that much at least
+_RULES_BYTES = 512 * 1024  # of robots.txt, the rest is cut; RFC 9309, 2.5, asks for 500 KiB
 _LARGE = 1 << 20
 _MEMORY = 96 << 20
 
@@ -48,9 +48,11 @@ class FetchConfig(Config):
     one of ``disallowed_directives`` for everyone or for our agent."""
     disallowed_directives: tuple[str, ...] = OPT_OUT_DIRECTIVES
     respect_robots: bool = False
-    """Ask each host for its robots.txt first, and keep to it."""
+    """Ask each host for its robots.txt first, and keep to it. While the host cannot say what it
+    disallows (time-out, HTTP 5xx …), its images get that status: they may come another day."""
     respect_tdmrep: bool = False
-    """Ask each host for its /.well-known/tdmrep.json first, and leave out what it reserves."""
+    """Ask each host for its /.well-known/tdmrep.json first, and leave out what it reserves; while
+    it cannot be asked, as with robots.txt."""
     timeout: float = operational(10.0, gt=0)
     """Seconds for the name look-up, for the connection, and between two arriving pieces."""
     total_timeout: float = operational(30.0, gt=0)
@@ -62,12 +64,15 @@ class FetchConfig(Config):
     max_retry_after: float = operational(60.0, ge=0)
     """Seconds that a host may ask us to wait (Retry-After). Who asks for more is set aside."""
     host_connections: int = operational(8, ge=1)
-    """Requests to one host at a time."""
+    """Requests to one host at a time. The workers of a stage share them evenly, but each has one:
+    with more workers than this, a host that is in all of their shards gets one from each."""
     host_failures: int = operational(20, ge=1)
     """After so many failures in a row a host is set aside: the shard's other URLs there are given
-    the last failure's status untried, and each later shard tries the host once."""
+    the last failure's status untried, and each later shard tries the host once. Each worker finds
+    out for itself, and remembers it for as long as it lives."""
     shard_timeout: float = operational(3600.0, gt=0)
-    """Seconds for a shard; URLs that have not come by then are ``timeout``."""
+    """Seconds for a shard; URLs that have not come, and images in files and tars that were not
+    begun by then, are ``timeout``."""
     threads: int = operational(32, ge=1)
     user_agent: str | None = operational(None)
     """None: ``capfilt/<version>``, with ``contact`` behind it."""
@@ -173,14 +178,12 @@ class Fetcher:
                 response = exchange.get(target, self._agent)
                 location = self._judge(response, headers_count=limit is None)
                 if location is None:
-                    return self._body(
-                        response, deadline, target.host, limit or self._config.max_bytes
-                    )
+                    return self._body(response, deadline, target.host, limit)
             url, target = _redirected(url, location)
         raise FetchError("redirect", f"more than {self._config.max_redirects} redirects")
 
     def _body(
-        self, response: http.client.HTTPResponse, deadline: float, host: str, limit: int
+        self, response: http.client.HTTPResponse, deadline: float, host: str, limit: int | None
     ) -> Fetched:
         held = 0
 
@@ -191,7 +194,10 @@ class Fetcher:
                 held = size
 
         try:
-            body = _read(response, limit, hold)
+            if limit is None:
+                body = _read(response, self._config.max_bytes, hold)
+            else:
+                body = _read(response, limit, hold, cut=True)
         except BaseException:
             self._memory.give_back(held)
             raise
@@ -199,12 +205,21 @@ class Fetcher:
         return Fetched("success", None, body, kind, response.status, host, held=held)
 
     def _site_file(self, url: str) -> tuple[int | None, bytes]:
-        """robots.txt and the like, for `SiteRules`."""
+        """robots.txt and the like, for `SiteRules`: their beginning, if they are long.
+
+        Raises:
+            FetchError: nobody knows what the file says, today.
+        """
         deadline = time.monotonic() + self._config.total_timeout
         try:
             found = self._fetch(url, deadline, [], _RULES_BYTES)
         except FetchError as error:
-            return error.code, b""
+            if error.status in {"http_4xx", "redirect"} and not error.transient:
+                return error.code, b""
+            what = f"{url[-100:]}: {error}"
+            raise FetchError(
+                error.status, what, error.transient, error.code, error.retry_after
+            ) from error
         return found.code, found.body
 
     def _judge(self, response: http.client.HTTPResponse, headers_count: bool) -> str | None:
@@ -287,19 +302,24 @@ def _redirected(url: str, location: str) -> tuple[str, Target]:
         raise FetchError("redirect", f"redirected to {location[:100]!r}: {error}") from error
 
 
-def _read(response: http.client.HTTPResponse, limit: int, hold: Callable[[int], None]) -> bytes:
-    """The body, at most ``limit`` bytes before and after decompression. ``hold`` is told how large
-    it may become, before it does.
+def _read(
+    response: http.client.HTTPResponse,
+    limit: int,
+    hold: Callable[[int], None],
+    cut: bool = False,
+) -> bytes:
+    """The body, at most ``limit`` bytes before and after decompression; of a larger one, with
+    ``cut``, the first ``limit`` bytes. ``hold`` is told how large it may become, before it does.
 
     Raises:
         FetchError: too_large or broken_response.
     """
     declared = response.length
-    if declared is not None and declared > limit:
+    if declared is not None and declared > limit and not cut:
         raise FetchError("too_large", f"{declared} bytes, at most {limit}")
     encoding = response.getheader("Content-Encoding", "identity").strip().lower()
     plain = encoding in {"", "identity"}
-    hold((declared or 0) if plain else limit)
+    hold(min(declared or 0, limit) if plain else limit)
     expand = None if plain else _decoder(encoding, limit)
     pieces: list[bytes] = []
     received = size = 0
@@ -308,6 +328,8 @@ def _read(response: http.client.HTTPResponse, limit: int, hold: Callable[[int], 
         piece = piece if expand is None else expand(piece)
         size += len(piece)
         if max(received, size) > limit:
+            if cut:
+                return b"".join([*pieces, piece])[:limit]
             raise FetchError("too_large", f"more than {limit} bytes")
         if size > _LARGE:
             hold(limit)  # unless it was declared

@@ -6,8 +6,10 @@ writes such names, never a text from the web.
 
 from __future__ import annotations
 
+import math
 import re
 import tarfile
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -40,9 +42,13 @@ def read(media: str, max_bytes: int | None = None) -> bytes:
 
 
 def read_many(
-    names: Iterable[str], max_bytes: int | None = None
+    names: Iterable[str], max_bytes: int | None = None, deadline: float = math.inf
 ) -> Iterator[tuple[str, bytes | OSError]]:
-    """(name, bytes or why not) for each distinct name. Each tar is passed through once."""
+    """(name, bytes or why not) for each distinct name. Each tar is passed through once.
+
+    What has not begun by ``deadline`` (of `time.monotonic`) is TimeoutError. A read that has begun
+    ends by the time-outs of its file system.
+    """
     tars: dict[str, dict[str, str]] = {}
     for name in dict.fromkeys(names):
         path, member = split_name(name)
@@ -50,11 +56,17 @@ def read_many(
             tars.setdefault(path, {})[member] = name
             continue
         try:
+            _in_time(deadline)
             yield name, read(name, max_bytes)
         except OSError as error:
             yield name, error
     for tar, wanted in tars.items():
-        yield from _read_members(tar, wanted, max_bytes)
+        yield from _read_members(tar, wanted, max_bytes, deadline)
+
+
+def _in_time(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise TimeoutError("the shard's time was up")
 
 
 def tar_members(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
@@ -79,11 +91,13 @@ def member_bytes(tar: tarfile.TarFile, member: tarfile.TarInfo, limit: int | Non
 
 
 def _read_members(
-    path: str, wanted: dict[str, str], max_bytes: int | None
+    path: str, wanted: dict[str, str], max_bytes: int | None, deadline: float
 ) -> Iterator[tuple[str, bytes | OSError]]:
     problem: OSError | None = None
     try:
+        _in_time(deadline)
         for tar, member in tar_members(path):
+            _in_time(deadline)
             name = wanted.pop(member.name, None)
             if name is not None:
                 yield name, member_bytes(tar, member, max_bytes)

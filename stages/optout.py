@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, field
 from email.message import Message
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
 from urllib.robotparser import RobotFileParser
+
+from stages.connect import FetchError
 
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 
@@ -24,7 +28,10 @@ _WITH_VALUE = frozenset(
 _HOSTS_REMEMBERED = 10_000
 
 Read = Callable[[str], tuple[int | None, bytes]]
-"""URL → (HTTP status, or None where there was no answer; body)."""
+"""URL → (HTTP status, or None where redirects led nowhere; body). Raises `FetchError` where that
+may be another on another day."""
+Rule = Callable[[str], str | None]
+"""URL → what disallows it, or None."""
 
 
 def header_objection(headers: Message, agent: str, directives: Collection[str]) -> str | None:
@@ -53,8 +60,19 @@ def _directives(value: str, agent: str) -> Iterable[str]:
             yield name
 
 
+@dataclass
+class _Site:
+    """What is known of one host; whoever asks the host holds ``lock``."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    rules: list[Rule] | None = None
+    failure: FetchError | None = None
+    failed_at: float = 0.0
+
+
 class SiteRules:
-    """robots.txt and /.well-known/tdmrep.json of each host, read once; serves many threads.
+    """robots.txt and /.well-known/tdmrep.json of each host, read once; serves many threads. A
+    failure to read them is not remembered: the next URL asks again.
 
     Args:
         read: fetches a URL within the limits of the crawl.
@@ -64,35 +82,51 @@ class SiteRules:
     def __init__(self, read: Read, agent: str, robots: bool, tdmrep: bool) -> None:
         self._read, self._agent = read, agent
         self._robots, self._tdmrep = robots, tdmrep
-        self._known: OrderedDict[str, tuple[threading.Lock, list[Callable[[str], str | None]]]]
-        self._known = OrderedDict()
+        self._known: OrderedDict[str, _Site] = OrderedDict()
         self._lock = threading.Lock()
 
     def objection(self, url: str) -> str | None:
-        """Which of the host's rules disallows ``url``, or None."""
+        """Which of the host's rules disallows ``url``, or None.
+
+        Raises:
+            FetchError: the rules cannot be read now.
+        """
         if not (self._robots or self._tdmrep):
             return None
         parts = urlsplit(url)
-        site = f"{parts.scheme}://{parts.netloc}"
+        name = f"{parts.scheme}://{parts.netloc}"
         with self._lock:
-            lock, rules = self._known.setdefault(site, (threading.Lock(), []))
-            self._known.move_to_end(site)
+            site = self._known.setdefault(name, _Site())
+            self._known.move_to_end(name)
             if len(self._known) > _HOSTS_REMEMBERED:
                 self._known.popitem(last=False)
-        with lock:  # the first to come asks the host, the others wait for what it says
-            if not rules:
-                rules.extend(self._rules(site))
+        rules = self._read_once(name, site)
         return next((said for rule in rules if (said := rule(url)) is not None), None)
 
-    def _rules(self, site: str) -> Iterable[Callable[[str], str | None]]:
+    def _read_once(self, name: str, site: _Site) -> list[Rule]:
+        """The first to come asks the host, the others wait for what it says, or for its failure:
+        if each asked a host that hangs, they would wait for each other as well."""
+        came = time.monotonic()
+        with site.lock:
+            if site.rules is None:
+                if site.failure is not None and site.failed_at >= came:
+                    raise site.failure
+                try:
+                    site.rules = list(self._rules(name))
+                except FetchError as error:
+                    site.failure, site.failed_at = error, time.monotonic()
+                    raise
+            return site.rules
+
+    def _rules(self, site: str) -> Iterable[Rule]:
         if self._robots:
             yield _robots_rule(*self._read(f"{site}/robots.txt"), self._agent)
         if self._tdmrep:
             yield _tdm_rule(*self._read(f"{site}/.well-known/tdmrep.json"))
 
 
-def _robots_rule(code: int | None, body: bytes, agent: str) -> Callable[[str], str | None]:
-    """RFC 9309, 2.3.1: no such file allows everything, an unreachable one nothing."""
+def _robots_rule(code: int | None, body: bytes, agent: str) -> Rule:
+    """RFC 9309, 2.3.1: no such file allows everything, one that redirects hide nothing."""
     parser = RobotFileParser()
     if code is not None and code < 300:
         parser.parse(body.decode("utf-8", "replace").splitlines())
@@ -110,7 +144,7 @@ def _robots_rule(code: int | None, body: bytes, agent: str) -> Callable[[str], s
     return rule
 
 
-def _tdm_rule(code: int | None, body: bytes) -> Callable[[str], str | None]:
+def _tdm_rule(code: int | None, body: bytes) -> Rule:
     """TDMRep, 6.1: a list of {location, tdm-reservation}; the first location that fits counts."""
     try:
         entries = json.loads(body) if code is not None and code < 300 else []

@@ -20,17 +20,20 @@ _PASSES = 4  # of unescaping: what was escaped more often stays as it is
 
 _HIDDEN = re.compile(r"<(script|style)\b[^<>]*>.*?(?:</\1\s*>|$)", re.IGNORECASE | re.DOTALL)
 _TAG = re.compile(r"<!--.*?(?:-->|$)|</?[A-Za-z!][^<>]*>", re.DOTALL)
+_LONG_REFERENCE = re.compile(r"&#[0-9]{4301,};?")  # Python makes no number of so many digits
 _WORD = re.compile(r"\w+")
 _JOINERS = "\u200c\u200d"  # spell words in Persian and Indic scripts, and compose emoji
+# Hostile texts must not cost quadratic time: no two quantifiers in a row can share characters
+# (`*+` gives none back), and a file name starts only where its run of characters does.
 _BOILERPLATE = re.compile(
     r"""^\W*(?:
         (?:img|dsc|dscn|dscf|pict?|photo|image|screenshot|untitled|scan|thumb(?:nail)?|banner|logo)
-            [\s_-]*\(?\d*\)?
-        | [\w()-]+(?:\s*\d+)?\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg)
+            [\s_-]*+\(?+\d*+\)?+
+        | (?<![()-])[\w()-]++(?:\s++\d++)?+\.(?:jpe?g|png|gif|webp|bmp|tiff?|svg)
         | (?:no|missing)\s+(?:image|photo|picture|alt)(?:\s+\w+)?
         | (?:image|photo|picture)\s+(?:not\s+)?(?:available|found|coming\s+soon)
-        | click\s+(?:here|to)\b.* | (?:all\s+rights\s+reserved|copyright|©)\b.*
-        | (?:share|follow)\s+(?:on|us)\b.* | loading\W* | advertisement | https?://\S+
+        | click\s+(?:here|to)\b.*+ | (?:all\s+rights\s+reserved|copyright|©)\b.*+
+        | (?:share|follow)\s+(?:on|us)\b.*+ | loading | advertisement | https?://\S++
     )\W*$""",
     re.IGNORECASE | re.VERBOSE,
 )
@@ -59,7 +62,8 @@ def clean_text(text: str) -> str:
         return " ".join(text.split())  # as most are
     for _ in range(_PASSES):
         before = text
-        text = _TAG.sub(" ", _HIDDEN.sub(" ", html.unescape(text)))
+        text = html.unescape(_LONG_REFERENCE.sub("\ufffd", text))
+        text = _TAG.sub(" ", _HIDDEN.sub(" ", text))
         text = "".join(map(_plain, unicodedata.normalize("NFC", text)))
         text = unicodedata.normalize("NFC", " ".join(text.split()))
         if text == before:

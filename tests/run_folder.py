@@ -158,6 +158,15 @@ def make_run(url: str) -> Store:
     return store
 
 
+def publish_download(store: Store, shard: str, image: str, name: str) -> str:
+    """One more shard's download as its worker publishes it: a web row of ``name`` (of the URL and
+    the sample) whose bytes have the hash ``image``. Returns the record's name."""
+    row = {"row_id": f"r{shard}", "sample_id": sample_id(name), "text": f"a picture of {name}"}
+    row |= {"source": "web", "url": f"http://web.test/{name}", "status": "success"}
+    row |= {"image": jpeg(9, (32, 24)), "sha256": image, "width": 32, "height": 24}
+    return _Run(store).shard("download", None, shard, filled(DOWNLOAD, [row]))
+
+
 def _downloads() -> dict[str, pa.Table]:
     """Shard → its download table; ``gone`` is a dead link, the second cat repeats the first."""
     tables = {}

@@ -52,9 +52,10 @@ class Pass:
 class StageWorker:
     """One operator's worker: the stage, loaded at the first shard that needs it."""
 
-    def __init__(self, task: ShardTask, plan: Pass) -> None:
+    def __init__(self, task: ShardTask, plan: Pass, replicas: int = 1) -> None:
         self._task = task
         self._plan = plan
+        self._replicas = replicas
         self._stage: ShardStage | None = None
 
     def __call__(self, row: pa.Table) -> pa.Table:
@@ -83,6 +84,7 @@ class StageWorker:
             carried.update(inputs)
             if self._stage is None:
                 self._stage = shards.build(self._task, plan.store)
+                self._stage.replicas = self._replicas
                 self._stage.setup()
             shards.settle(self._stage, self._task, job, plan.store)
             output = shards.run_stage(self._stage, inputs, plan.removed)
@@ -222,7 +224,7 @@ def _operator(dataset: Any, task: ShardTask, share: Share, plan: Pass) -> Any:
     """
     return dataset.map_batches(
         StageWorker,
-        fn_constructor_args=(task, plan),
+        fn_constructor_args=(task, plan, share.max_replicas),
         batch_size=1,  # a row; with GPUs Ray refuses None
         batch_format="pyarrow",
         zero_copy_batch=True,

@@ -24,6 +24,7 @@ class Fake(Config):
     """What the stand-in stages are told."""
 
     cpus: float = 1.0
+    replicas: int = 1
     marks: str = ""
 
 
@@ -36,7 +37,10 @@ class FakeDownload(ShardStage):
 
     @property
     def resources(self) -> Resources:
-        return Resources(cpus=self.config.cpus)
+        return Resources(cpus=self.config.cpus, max_replicas=self.config.replicas)
+
+    def facts(self) -> dict[str, str]:
+        return {"replicas": str(self.replicas)}
 
     def process(self, table: pa.Table) -> pa.Table:
         return self.failed(table, "success", "")
@@ -207,9 +211,11 @@ def test_only_what_has_no_record_is_done_again(tmp_path, board):
     marks = tmp_path / "marks"
     marks.mkdir()
     shards = make_shards(store, [["a"], ["b"], ["c"]])
-    tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake(marks=str(marks)))]
+    several = Fake(cpus=0.5, replicas=2)
+    tasks = [FakeTask("download", 1, several), FakeTask("caption", 1, Fake(marks=str(marks)))]
     records = run(store, shards, board, tasks)
     assert len(list(marks.iterdir())) == 3
+    assert store.read_record(records["000000"]["download"]).details["replicas"] == "2"
     run(store, shards, board, tasks)
     assert len(list(marks.iterdir())) == 3
     store.remove(records["000001"]["caption"])

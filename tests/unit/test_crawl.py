@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import random
 import threading
 import time
 from collections.abc import Iterator
 from email.utils import format_datetime
+from itertools import pairwise
 
 import pytest
 
-from stages.crawl import Crawler
+from stages.crawl import Crawler, _Shard, _Url
 from stages.fetch import FetchConfig, Fetched, _seconds
 from tests.servers import WebServer, picture
 
@@ -50,6 +53,40 @@ def test_a_slow_host_delays_nobody_else(web: WebServer) -> None:
         crawler.close()
     assert order[-1].startswith("slow")
     assert order.index("slow 1") > max(order.index(f"fast {i}") for i in range(8))
+
+
+def test_retries_wait_longer_each_time(web: WebServer) -> None:
+    paths = [f"/flaky/9/{i}" for i in range(6)]
+    options = {"retries": 2, "backoff": 0.1, "host_failures": 10**6, "threads": 6}
+    found = crawl(web, *paths, **options)
+    assert set(statuses(found).values()) == {"http_5xx"}
+    pauses = [[b - a for a, b in pairwise(web.times[path])] for path in paths]
+    assert [len(one) for one in pauses] == [2] * 6
+    # A wait is at least what it was asked to be: a half to one and a half of 0.1 s, then of 0.2 s.
+    assert all(first >= 0.05 and second >= 0.1 for first, second in pauses)
+
+
+def test_how_long_a_retry_waits(web: WebServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doubled each time, with jitter, and never less than the host asks for."""
+    config = FetchConfig(backoff=0.5, retries=4)
+    drawn: list[tuple[float, float]] = []
+
+    def least(low: float, high: float) -> float:
+        drawn.append((low, high))
+        return low
+
+    monkeypatch.setattr(random, "uniform", least)
+    monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
+    shard = _Shard(config, None, {}, math.inf)  # type: ignore[arg-type]  # nothing is fetched
+    busy = Fetched("http_5xx", "HTTP 503", transient=True)
+    for attempts in (1, 2, 3, 4):
+        assert shard._retried(_Url("it", "u", "web.test", attempts), busy)
+    assert sorted(entry[0] - 1000.0 for entry in shard._later) == [0.25, 0.5, 1.0, 2.0]
+    assert set(drawn) == {(0.5, 1.5)}
+    assert not shard._retried(_Url("it", "u", "web.test", 5), busy)
+    asked = Fetched("http_5xx", "HTTP 503", transient=True, retry_after=7.0)
+    assert shard._retried(_Url("it", "u", "web.test", 1), asked)
+    assert max(entry[0] - 1000.0 for entry in shard._later) == 7.0
 
 
 def test_a_pause_that_the_host_asks_for_is_kept(web: WebServer) -> None:

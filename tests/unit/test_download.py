@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import socket
+import tempfile
 import time
 import zlib
 from collections import Counter
@@ -212,6 +213,31 @@ def test_images_in_files_and_tars(web: WebServer, tmp_path: Path) -> None:
     assert rows[1]["url"] is None
 
 
+def test_files_that_are_not_begun_in_time_are_timeouts(web: WebServer, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(picture(seed=1, format="PNG"))
+    archive = tar(tmp_path / "b.tar", {"0.jpg": picture(seed=2)})
+    table = sources(
+        {"media": f"{archive}#0.jpg"},
+        {"media": str(tmp_path / "a.png"), "source": "human", "text": "one"},
+        {"url": web.serve("/late.jpg", picture(seed=3))},
+    )
+    rows = run(stage(web, shard_timeout=1e-6), table)
+    assert [row["status"] for row in rows] == ["timeout"] * 3
+    assert web.hits["/late.jpg"] == 0
+    assert {row["status"] for row in run(stage(web), table)} == {"success"}
+
+
+def test_replicas_share_the_connections_to_a_host() -> None:
+    with WebServer() as web:
+        config = DownloadConfig(connect_to=web.connect_to, host_connections=6, threads=12)
+        made = DownloadStage(config)
+        made.replicas = 3
+        made.setup()
+        rows = run(made, sources(*({"url": web.url(f"/slow/0.05/{n}")} for n in range(12))))
+        assert {row["status"] for row in rows} == {"success"}
+        assert web.most_at_once <= 2
+
+
 def test_bytes_must_have_the_hash_that_the_source_says(web: WebServer, tmp_path: Path) -> None:
     data = picture(seed=9)
     url = web.serve("/hashed.jpg", data)
@@ -374,7 +400,15 @@ def test_only_what_changes_rows_is_fingerprinted() -> None:
 
 
 @pytest.mark.skipif("CAPFILT_TEST_DATA" not in os.environ, reason="CAPFILT_TEST_DATA is unset")
-def test_hostile_files_all_get_a_status(web: WebServer) -> None:
+def test_hostile_files_all_get_a_status(
+    web: WebServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whoever writes a file, beside itself or as a temporary one, writes it here.
+    for name in ("work", "temporary"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
     folder = Path(os.environ["CAPFILT_TEST_DATA"]) / "hostile"
     files = sorted(path for path in folder.iterdir() if path.suffix != ".jsonl")
     urls = [web.serve(f"/hostile/{i}", path.read_bytes()) for i, path in enumerate(files)]
@@ -383,6 +417,7 @@ def test_hostile_files_all_get_a_status(web: WebServer) -> None:
     assert sum(counts.values()) == len(files)
     assert set(counts) <= {"success", "not_an_image", "decode", "too_large"}
     assert counts["success"] > 0.7 * len(files)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "temporary", tmp_path / "work"]
 
 
 @pytest.mark.skipif("CAPFILT_TEST_DATA" not in os.environ, reason="CAPFILT_TEST_DATA is unset")

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import main
-from pipeline.forget import forget, read_list
+from pipeline.config import parse
+from pipeline.forget import catch_up, forget, read_list
 from pipeline.inspect import Query, read_views
+from pipeline.progress import Screen
 from pipeline.report.collect import read_facts
 from pipeline.report.samples import read_samples
+from pipeline.rounds import opened
 from pipeline.store import Store
 from pipeline.tombstones import names, read_removed
 from pipeline.verify import verify
 from stages.errors import UserError
 from stages.ids import media_url, sample_id
-from tests.run_folder import make_run
+from tests.run_folder import make_run, publish_download
+
+CONFIG = {
+    "sources": [{"path": "web.parquet"}],
+    "human": [{"path": "human", "kind": "human"}],
+    "pretrain": {"tokenizer": "tokenizer"},
+}
 
 
 @pytest.fixture
@@ -57,6 +67,20 @@ def test_hashes_find_images_whatever_their_url(store: Store) -> None:
     removed = read_removed(store)
     assert {sample_id("tree"), sample_id(media_url("f" * 64))} <= removed.samples
     assert removed.hashes == {"tree", "f" * 64}
+
+
+def test_an_image_that_comes_after_its_hash_was_forgotten(store: Store) -> None:
+    """Its pass began before that, and knew of no tombstone."""
+    forget(store, "hash", ["f" * 64])
+    before = read_removed(store)
+    publish_download(store, "000003", "f" * 64, "late")
+    assert sample_id("late") not in before.samples
+    config = parse({"run": store.url, **CONFIG}, "test")
+    with opened(config, Screen(io.StringIO(), live=False)):
+        assert read_removed(store).samples == before.samples | {sample_id("late")}
+    published = names(store.record_names())
+    catch_up(store)
+    assert names(store.record_names()) == published, "once"
 
 
 def test_asking_again_changes_nothing(store: Store) -> None:

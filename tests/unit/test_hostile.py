@@ -25,6 +25,7 @@ from stages.crawl import Crawler
 from stages.download import STATUSES, DownloadConfig
 from stages.fetch import FetchConfig
 from stages.keeper import ImageKeeper
+from tests.bench.download import photo
 from tests.servers import WebServer, picture
 
 FUZZ = settings(
@@ -160,24 +161,40 @@ def test_icons_that_end_early(keeper: ImageKeeper, length: int) -> None:
 
 def test_a_worker_stays_below_a_gibibyte(tmp_path: Path) -> None:
     """The largest pictures that are allowed, in the modes that take most memory to decode, from
-    several threads at once."""
+    several threads at once, in a shard of as many ordinary ones as is usual; until its tar is
+    written."""
     side = 4990
     packed = {"compression": "tiff_deflate"}
     for mode in ("RGBA", "LA"):
         (tmp_path / mode).write_bytes(encoded(Image.new(mode, (side, side)), "PNG"))
     (tmp_path / "CMYK").write_bytes(encoded(Image.new("CMYK", (side, side)), "TIFF", **packed))
     (tmp_path / "I;16").write_bytes(encoded(Image.new("I;16", (2490, 2490)), "PNG"))
+    for seed in range(8):
+        (tmp_path / f"photo-{seed}").write_bytes(photo(seed))
     code = """
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from stages.download import DownloadConfig
-from stages.keeper import ImageKeeper
-keeper = ImageKeeper(DownloadConfig())
-files = [path.read_bytes() for path in sorted(Path(sys.argv[1]).iterdir())]
-with ThreadPoolExecutor(4) as pool:
-    for outcome in pool.map(keeper, 2 * files):
-        assert outcome.status == "success", outcome
+import pyarrow as pa
+from pipeline.images import write_tar
+from stages.download import DownloadConfig, DownloadStage
+from stages.ingest import IngestConfig
+from stages.schemas import SOURCES
+folder, size = Path(sys.argv[1]), IngestConfig().shard_size
+photos = sorted(file.name for file in folder.glob("photo-*"))
+large = sorted({file.name for file in folder.iterdir()} - set(photos))
+names = (2 * large + size * photos)[:size]
+rows = [f"{folder}/{'./' * n}{name}" for n, name in enumerate(names)]  # each another image
+shard = [
+    dict.fromkeys(SOURCES.names)
+    | {"row_id": str(n), "sample_id": str(n), "source": "web", "text": "t", "media": media}
+    for n, media in enumerate(rows)
+]
+stage = DownloadStage(DownloadConfig(decode_threads=4))
+stage.setup()
+out = stage.process(pa.Table.from_pylist(shard, schema=SOURCES))
+assert set(out["status"].to_pylist()) == {"success"}, out["detail"].unique()
+tar = write_tar(out)
+assert len(tar) > 40_000 * len(rows), len(tar)
 line = next(l for l in open("/proc/self/status") if l.startswith("VmHWM"))
 print(int(line.split()[1]) // 1024)
 """

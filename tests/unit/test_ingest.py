@@ -18,7 +18,7 @@ from stages.ingest import IngestConfig, IngestStage, check_source, cut, list_fil
 from stages.readers import SourceConfig, SourceFile
 from stages.schemas import SOURCES, check
 from stages.seen import SeenPairs
-from tests.s3 import use_endpoint
+from tests.s3 import s3_bucket, use_endpoint
 from tests.servers import picture
 
 
@@ -231,6 +231,25 @@ def test_a_source_is_checked_by_its_first_row(tmp_path: Path) -> None:
     check_source(SourceConfig(path=str(tmp_path)))
     with pytest.raises(SourceError, match=r"c\.parquet: not a valid parquet file"):
         check_source(SourceConfig(path=str(tmp_path / "c.parquet")))
+
+
+def test_a_folder_of_parquet_on_s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with s3_bucket(monkeypatch) as bucket:
+        s3 = fsspec.filesystem("s3")
+        for number in range(3):
+            local = table(tmp_path / f"{number}.parquet", [(url(number), f"text {number}")] * 2)
+            s3.put(str(local), f"{bucket}/laion/part-{number}.parquet")
+        s3.pipe(f"{bucket}/laion/_SUCCESS", b"")
+        found = list_files(SourceConfig(path=f"{bucket}/laion"))
+        assert [file.path for file in found] == [
+            f"{bucket}/laion/part-{number}.parquet" for number in range(3)
+        ]
+        assert len({file.identity for file in found}) == 3
+        rows = [row for file in found for part in read_rows(file) for row in part.to_pylist()]
+        assert [row["url"] for row in rows] == [url(n) for n in (0, 0, 1, 1, 2, 2)]
+        assert [file.path for file in list_files(SourceConfig(path=f"{bucket}/laion/*-1.*"))] == [
+            f"{bucket}/laion/part-1.parquet"
+        ]
 
 
 def test_a_store_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Images in files and in tars."""
 
+import math
+import time
 from pathlib import Path
 
 import pytest
@@ -36,3 +38,17 @@ def test_what_cannot_be_read_says_why_and_spoils_nothing_else(tmp_path: Path) ->
     for name in (names[0], *names[2:]):
         assert isinstance(found[name], OSError), name
     assert "gone.jpg" in str(found[names[0]])
+
+
+def test_after_the_deadline_nothing_more_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = str(tar(tmp_path / "a.tar", {f"{n}.jpg": b"image" for n in range(4)}))
+    other = str(tar(tmp_path / "b.tar", {"0.jpg": b"image"}))
+    members = [f"{archive}#{n}.jpg" for n in range(4)]
+    found = media.read_many([*members, f"{other}#0.jpg"], deadline=time.monotonic() + 3600)
+    assert [next(found), next(found)] == [(name, b"image") for name in members[:2]]
+    monkeypatch.setattr(time, "monotonic", lambda: math.inf)
+    late = dict(found)
+    assert late.keys() == {*members[2:], f"{other}#0.jpg"}
+    assert all(isinstance(problem, TimeoutError) for problem in late.values())

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from email.message import Message
 
 import pytest
 
+from stages.connect import FetchError
 from stages.crawl import Crawler
 from stages.fetch import FetchConfig, Fetched
-from stages.optout import OPT_OUT_DIRECTIVES, header_objection
+from stages.optout import OPT_OUT_DIRECTIVES, SiteRules, header_objection
 from tests.servers import WebServer, picture
 
 
@@ -92,7 +97,6 @@ def test_robots_txt_is_asked_once_and_kept_to(web: WebServer) -> None:
     [
         (404, b"", "success"),
         (403, b"", "success"),
-        (500, b"", "opted_out"),
         (200, b"", "success"),
         (200, b"\xff\xfe\x00garbage\n" * 99, "success"),
         (200, b"Disallow: /\n", "success"),  # for no agent
@@ -103,6 +107,63 @@ def test_robots_txt_that_says_nothing(
 ) -> None:
     web.serve("/robots.txt", body, "text/plain", status)
     assert crawl(web, "/open/a.jpg", respect_robots=True)["/open/a.jpg"].status == outcome
+
+
+@pytest.mark.parametrize(
+    ("file", "option"),
+    [("/robots.txt", "respect_robots"), ("/.well-known/tdmrep.json", "respect_tdmrep")],
+)
+@pytest.mark.parametrize(
+    ("status", "outcome", "code"), [(500, "http_5xx", 500), (429, "http_4xx", 429)]
+)
+def test_rules_that_cannot_be_read_may_be_read_later(
+    web: WebServer, file: str, option: str, status: int, outcome: str, code: int
+) -> None:
+    web.serve(file, b"busy", "text/plain", status)
+    options = {"connect_to": web.connect_to, "retries": 0, "timeout": 2.0, option: True}
+    crawler = Crawler(FetchConfig(**options))
+    urls = {"it": web.url("/open/a.jpg")}
+    ((_, fetched),) = crawler.fetch_all(urls)
+    assert (fetched.status, fetched.code, fetched.transient) == (outcome, code, True)
+    assert file in (fetched.detail or "")
+    assert web.hits["/open/a.jpg"] == 0
+    del web.pages[file]
+    ((_, fetched),) = crawler.fetch_all(urls)
+    assert fetched.status == "success"
+    crawler.close()
+
+
+def test_who_waits_for_rules_that_fail_to_come_does_not_ask_again() -> None:
+    """Or a host that hangs would hang for each of its URLs in turn."""
+    threads, asked, came = 6, Counter[str](), threading.Semaphore(0)
+
+    def read(url: str) -> tuple[int | None, bytes]:
+        asked[url] += 1
+        if asked.total() == 1:
+            for _ in range(threads):
+                came.acquire()
+            time.sleep(0.2)  # for all of them to stand in line
+        raise FetchError("timeout", "it hangs", transient=True)
+
+    rules = SiteRules(read, "capfilt", robots=True, tdmrep=False)
+
+    def ask() -> str:
+        came.release()
+        with pytest.raises(FetchError) as raised:
+            rules.objection("http://web.test/a.jpg")
+        return raised.value.status
+
+    with ThreadPoolExecutor(threads) as pool:
+        futures = [pool.submit(ask) for _ in range(threads)]
+        assert {future.result() for future in futures} == {"timeout"}
+    assert asked.total() < threads
+
+
+def test_a_long_robots_txt_is_cut_not_ignored(web: WebServer) -> None:
+    web.serve("/robots.txt", ROBOTS + b"# and so on\n" * 100_000, "text/plain")
+    paths = ("/open/a.jpg", "/closed/a.jpg")
+    found = crawl(web, *paths, respect_robots=True)
+    assert [found[path].status for path in paths] == ["success", "opted_out"]
 
 
 def test_robots_txt_holds_behind_redirects_too(web: WebServer) -> None:

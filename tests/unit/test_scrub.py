@@ -24,7 +24,7 @@ from stages.errors import LeaseHeldError
 from stages.ids import sample_id
 from stages.schemas import PAIRS, TEXTS, TRAINING_INDEX
 from stages.scrub import scrub_shared_texts, scrub_table
-from tests.run_folder import make_run
+from tests.run_folder import make_run, publish_download
 from tests.s3 import s3_bucket
 from tests.tables import filled
 
@@ -121,6 +121,15 @@ def test_nothing_of_the_samples_is_left_and_nothing_else_is_lost(store: Store) -
     tree = image_of(store, sample_id("tree"))
     held_by = {path.partition("/")[0] for path in holding(store, tree)}
     assert held_by == {"images", "round=00", "round=01"}
+
+
+def test_an_image_that_came_after_its_hash_was_forgotten_is_taken_out(store: Store) -> None:
+    forget(store, "hash", ["f" * 64])
+    publish_download(store, "000003", "f" * 64, "late")
+    sought = image_of(store, sample_id("late")), b"a picture of late"
+    assert holding(store, *sought)
+    scrub(store, TOLD.append)
+    assert holding(store, *sought) == set()
 
 
 def test_the_ledger_of_finished_rounds_says_removed(store: Store) -> None:

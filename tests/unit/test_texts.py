@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import unicodedata
 from pathlib import Path
 
@@ -33,6 +34,8 @@ from stages.texts import Language, clean_text, identify_language, score_text
         ("👨\u200d👩\u200d👧 family", "👨\u200d👩\u200d👧 family"),
         ("می\u200cخواهم", "می\u200cخواهم"),
         ("half \ud83d", "half"),
+        ("a&#" + "9" * 5_000 + ";b", "a\ufffdb"),
+        ("a&#" + "9" * 4_000 + ";b", "a\ufffdb"),
         ("שלום 🐈", "שלום 🐈"),
         ("", ""),
     ],
@@ -59,6 +62,29 @@ def test_hostile_texts_cost_little() -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        *("(" * 10_000, "1" * 10_000, "-" * 10_000, "( " * 5_000, "_1" * 5_000, "\u0301" * 10_000),
+        *("img" + "-" * 9_900 + "x", "loading" + "!" * 9_900 + "x", "http://" + "!" * 9_900 + " x"),
+        *("click here " + "!" * 9_900 + "\nx", "no" + " " * 9_900 + "x", "©" * 9_900 + "x\ny"),
+        *(
+            "&#" + "9" * 9_900,
+            "&" * 10_000,
+            "</script " * 1_100,
+            "<script" + " " * 9_900,
+            "<!" * 5_000,
+        ),
+    ],
+    ids=lambda text: text[:8],
+)
+def test_no_text_costs_quadratic_time(text: str) -> None:
+    started = time.process_time()
+    score_text(text)
+    score_text(clean_text(text))
+    assert time.process_time() - started < 0.5  # a quadratic pattern takes seconds
+
+
+@pytest.mark.parametrize(
     ("text", "words", "letters", "repetition", "boilerplate"),
     [
         ("", 0, 0, 0, False),
@@ -70,6 +96,11 @@ def test_hostile_texts_cost_little() -> None:
         ("IMG_1234.JPG", 2, 6 / 12, 0, True),
         ("screenshot 12", 2, 10 / 12, 0, True),
         ("image not available", 3, 1, 0, True),
+        ("((photo-1) 2.jpg)", 4, None, 0, True),
+        ("().jpg", 1, None, 0, True),
+        ("a red dog.jpg", 4, None, 0, False),
+        ("loading...", 1, None, 0, True),
+        ("- ©2020 someone", 2, None, 0, True),
         ("Photo of a dog", 4, 1, 0, False),
         ("click here to enlarge", 4, 1, 0, True),
         ("https://a.test/x", 4, None, 0, True),
