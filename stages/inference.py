@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.models.base import InferenceModel
+    from stages.models.feeding import Batch, Pixels
     from stages.models.preprocessing import Preprocessing
 
 
@@ -162,56 +161,8 @@ class ModelStage(ShardStage, Generic[C, M]):
         """`batches` of ``table`` for the model, on its device before it asks for them."""
         self._started_with = size = self.model.batch_size
         self._tokens_before = self.model.tokens
-        decoded = batches(
-            table, size, self.model.preprocessing, broken, threads=self.config.decode_threads
-        )
-        return self._uploaded(decoded) if self.model.device.type == "cuda" else decoded
-
-    def _uploaded(self, decoded: Iterator[Batch]) -> Iterator[Batch]:
-        """Copies the next batch on a stream of its own while the model works on this one."""
-        import torch
-
-        side = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        waiting: tuple[Batch, torch.Event] | None = None
-        for batch in decoded:
-            with torch.cuda.stream(side):
-                pinned = batch.pixels.pin_memory()
-                moved = Batch(batch.rows, pinned.to(self.model.device, non_blocking=True))
-                copied = side.record_event()
-            if waiting is not None:
-                yield _arrived(*waiting)
-            waiting = moved, copied
-        if waiting is not None:
-            yield _arrived(*waiting)
-
-
-def _arrived(batch: Batch, copied: torch.Event) -> Batch:
-    import torch
-
-    now = torch.cuda.current_stream(batch.pixels.device)
-    now.wait_event(copied)
-    # Its memory was made on the side stream, which must not reuse it while the model reads it.
-    batch.pixels.record_stream(now)
-    return batch
-
-
-@dataclass
-class Batch:
-    """Images that decoded: their rows in the table, and (B, 3, S, S) float32 for the model."""
-
-    rows: list[int]
-    pixels: Tensor
-
-
-@dataclass
-class _Filling:
-    rows: list[int] = field(default_factory=list)
-    pixels: list[Tensor] = field(default_factory=list)
-
-    def batch(self) -> Batch:
-        import torch
-
-        return Batch(self.rows, torch.cat(self.pixels))
+        model, threads = self.model, self.config.decode_threads
+        return batches(table, size, model.preprocessing, broken, threads, model.device)
 
 
 def batches(
@@ -219,50 +170,32 @@ def batches(
     size: int,
     preprocessing: Preprocessing,
     broken: dict[int, str],
-    *,
-    threads: int = 1,
+    threads: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """The images of an IMAGES or IMAGES_WITH_TEXTS table, ``size`` at a time, in row order.
 
     A row whose image cannot be decoded goes to ``broken`` with the reason; the next one takes its
-    place, so that only the last batch is short. ``threads`` decode ahead, a batch at most.
+    place, so that only the last batch is short. ``threads`` decode ahead, a batch at most; on a
+    GPU one batch more is gathered, and one copied, while the model works.
     """
-    filling = _Filling()
-    for row, pixels in _prepared(table, preprocessing, threads, ahead=size):
-        if isinstance(pixels, str):
-            broken[row] = pixels
-            continue
-        filling.rows.append(row)
-        filling.pixels.append(pixels)
-        if len(filling.rows) == size:
-            yield filling.batch()
-            filling = _Filling()
-    if filling.rows:
-        yield filling.batch()
+    from stages.models.feeding import ahead, batched
 
-
-def _prepared(
-    table: pa.Table, preprocessing: Preprocessing, threads: int, ahead: int
-) -> Iterator[tuple[int, Tensor | str]]:
-    """Each row's (1, 3, S, S) float32, or why there is none; at most ``ahead`` rows wait."""
-
-    def prepare(data: bytes) -> Tensor | str:
+    def prepare(data: pa.Scalar) -> Pixels | str:
         try:
-            image = decode(data, cover=preprocessing.covered)
+            image = decode(data.as_py() or b"", cover=preprocessing.covered)
         except DecodeError as error:
             return str(error)
-        return preprocessing([image])
+        return preprocessing.resized(image)
 
-    waiting: deque[tuple[int, Future[Tensor | str]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for row, data in enumerate(table["image"]):
-            waiting.append((row, pool.submit(prepare, data.as_py() or b"")))
-            if len(waiting) > ahead:
-                first, prepared = waiting.popleft()
-                yield first, prepared.result()
-        while waiting:
-            first, prepared = waiting.popleft()
-            yield first, prepared.result()
+    def whole() -> Iterator[tuple[int, Pixels]]:
+        for row, pixels in enumerate(ahead(prepare, table["image"], threads, size)):
+            if isinstance(pixels, str):
+                broken[row] = pixels
+            else:
+                yield row, pixels
+
+    return batched(whole(), size, device)
 
 
 def from_rows(rows: Sequence[dict[str, object]], schema: pa.Schema) -> pa.Table:

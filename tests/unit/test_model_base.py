@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.errors import ConfigError
-from stages.models.base import InferenceModel, out_of_memory
+from stages.errors import ConfigError, out_of_memory
+from stages.models.base import InferenceModel
 from stages.models.captioner import Captioner
 from stages.models.config import GenerationConfig
 from stages.models.linear import Int8Linear, PackedLinear, can_pack
