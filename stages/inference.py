@@ -32,8 +32,9 @@ class InferenceConfig(Config):
     cover the hash of its weights instead of its place."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
     """Images at once. Float sums differ between batch shapes in the last bit, so it counts as part
-    of the result. ``auto`` grows it until a GPU's memory or speed stops it, and is the default's
-    number on a CPU; what is found belongs to the shard, see `ModelStage.choices`."""
+    of the result. ``auto`` grows it until a GPU's memory, of which it takes ``resources.gpus`` at
+    most, or its speed stops it, and is the default's number on a CPU; what is found belongs to
+    the shard, see `ModelStage.choices`."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
     """``bfloat16`` is what GPUs are fast in; ``int8`` rounds the linear layers on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
@@ -140,7 +141,11 @@ class ModelStage(ShardStage, Generic[C, M]):
         import torch
 
         edge = self.model.preprocessing.size
-        self.model.grow(lambda count: self.trial(torch.zeros(count, 3, edge, edge)))
+        gpus = self.config.resources.gpus
+        self.model.grow(
+            lambda count: self.trial(torch.zeros(count, 3, edge, edge)),
+            share=gpus if 0 < gpus < 1 else 1.0,
+        )
 
     def choices(self) -> dict[str, int]:
         """The batch size, where it is ``auto``."""

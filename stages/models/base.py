@@ -22,7 +22,7 @@ M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 
 _GAIN = 1.05  # a batch twice as large must be so much faster an image, or growing stops
-_SHARE = 0.8  # of the memory that was free: real texts may be longer than the trial's
+_SHARE = 0.8  # of the memory that may be had: real texts may be longer than the trial's
 _MOST = 1024
 _MOST_THREADS = 16
 
@@ -122,18 +122,20 @@ class InferenceModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def grow(self, run: Callable[[int], object]) -> int:
+    def grow(self, run: Callable[[int], object], share: float = 1.0) -> int:
         """Set ``batch_size`` to the best that this device takes, and return it.
 
         ``run(n)`` works on n images. On a GPU the size doubles until memory runs short, or until
-        an image takes hardly less time than before. A CPU gains nothing from larger batches than
-        those it starts from.
+        an image takes hardly less time than before. ``share`` of the whole GPU's memory is the
+        most that this process may take, now and later. A CPU keeps the size that it starts from.
         """
         if self.device.type != "cuda":
             return self.batch_size
+        free, total = torch.cuda.mem_get_info(self.device)
+        most = _SHARE * min(free + torch.cuda.memory_reserved(self.device), share * total)
+        torch.cuda.set_per_process_memory_fraction(most / total, self.device)
         best, rate = 1, 0.0
         size = self.batch_size
-        free = torch.cuda.mem_get_info(self.device)[0]
         while size <= _MOST:
             self.batch_size = size
             now = self._rate(run, size)
@@ -143,9 +145,10 @@ class InferenceModel:
             if now < rate * _GAIN:
                 break
             best, rate, size = size, now, 2 * size
-            if torch.cuda.max_memory_reserved(self.device) > _SHARE / 2 * free:
+            if torch.cuda.max_memory_reserved(self.device) > most / 2:
                 break
         self.batch_size = best
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
         self.release()
         return best
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from stages import inference
-from stages.base import fingerprinted
+from stages.base import Resources, fingerprinted
+from stages.embed import EmbedConfig, EmbedStage
 from stages.errors import CheckpointError, ConfigError
 from stages.inference import InferenceConfig, batches, open_model
+from stages.models.base import InferenceModel
 from stages.models.checkpoints import weights_hash
 from stages.models.images import decode
 from stages.models.preprocessing import Preprocessing
@@ -52,6 +55,17 @@ def test_large_photos_are_decoded_at_the_scale_that_covers_the_model() -> None:
     [batch] = batches(filled(IMAGES, image_rows([data])), 4, SMALL, {}, 1, CPU)
     assert torch.equal(SMALL(batch.pixels), SMALL([decode(data, cover=32)]))
     assert not torch.equal(SMALL(batch.pixels), SMALL([decode(data)]))
+
+
+@pytest.mark.parametrize(("gpus", "share"), [(0.25, 0.25), (1.0, 1.0), (2.0, 1.0), (0.0, 1.0)])
+def test_growing_is_told_the_share_of_the_gpu(gpus: float, share: float, tmp_path: Path) -> None:
+    folder = tmp_path / "clip"
+    tiny_models.clip_model().save_pretrained(folder)
+    needs = Resources(gpus=gpus)
+    config = EmbedConfig(model=str(folder), batch_size="auto", device="cpu", resources=needs)
+    with patch.object(InferenceModel, "grow") as grow:
+        EmbedStage(config).setup()
+    assert grow.call_args.kwargs == {"share": share}
 
 
 def test_no_more_than_a_batch_is_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
