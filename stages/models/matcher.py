@@ -177,8 +177,8 @@ class Matcher(InferenceModel):
         A block has 4 x ``batch_size`` pairs at most; an image with more is cut up.
         """
         most, count = TEXTS_AN_IMAGE * self.batch_size, sizes[start]
-        inside = (start - bisect_left(sizes, count)) % count
-        if inside or count > most:
+        if count > most:
+            inside = (start - bisect_left(sizes, count)) % count
             return min(start + most, start - inside + count)
         return min(start + most // count * count, bisect_right(sizes, count))
 

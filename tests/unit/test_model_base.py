@@ -52,6 +52,18 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         list(runs.batches(2, run))
 
 
+def test_as_many_texts_as_an_image_has_that_do_not_fit_are_an_error() -> None:
+    runs, tried = model(4), []
+
+    def run(part: slice) -> None:
+        tried.append(part.stop - part.start)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(runs.batches(20, run, each=4))
+    assert tried == [16, 8, 4] and runs.batch_size == 1
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     def run(part: slice) -> None:
         torch.zeros(2) @ torch.zeros(3)
