@@ -127,7 +127,7 @@ class ModelStage(ShardStage, Generic[C, M]):
 
     @abstractmethod
     def trial(self, pixels: Tensor) -> object:
-        """The most work that images ``pixels``, (B, 3, S, S) float32, may ordinarily take."""
+        """The most work that images ``pixels``, (B, S, S, 3) uint8, may ordinarily take."""
 
     def setup(self) -> None:
         opened = open_model(self.name, self.config)
@@ -143,7 +143,7 @@ class ModelStage(ShardStage, Generic[C, M]):
         edge = self.model.preprocessing.size
         gpus = self.config.resources.gpus
         self.model.grow(
-            lambda count: self.trial(torch.zeros(count, 3, edge, edge)),
+            lambda count: self.trial(torch.zeros(count, edge, edge, 3, dtype=torch.uint8)),
             share=gpus if 0 < gpus < 1 else 1.0,
         )
 

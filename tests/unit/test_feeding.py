@@ -126,7 +126,7 @@ def test_pixels_are_those_of_whole_batches() -> None:
     model = InferenceModel("cpu", torch.float32, 3, int8=False)
     model.preprocessing, model.threads = Preprocessing(size=8), 3
     whole = model.preprocessing(images)
-    levels = torch.stack([torch.from_numpy(model.preprocessing.resized(i)) for i in images])
+    levels = torch.from_numpy(np.stack([model.preprocessing.resized(i) for i in images]))
     for given in (images, whole, levels):
         parts: list[slice] = []
 

@@ -66,6 +66,7 @@ def test_growing_is_told_the_share_of_the_gpu(gpus: float, share: float, tmp_pat
     with patch.object(InferenceModel, "grow") as grow:
         EmbedStage(config).setup()
     assert grow.call_args.kwargs == {"share": share}
+    assert len(grow.call_args.args[0](2)) == 2
 
 
 def test_no_more_than_a_batch_is_decoded_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
