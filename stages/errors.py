@@ -63,3 +63,19 @@ class LeaseLostError(RunError):
 
 class ShardError(CapfiltError):
     """A stage could not process one shard."""
+
+
+_NO_MEMORY = (
+    "CUDA out of memory",  # torch's allocator for GPUs; the others go round it
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",  # pinned memory and graphs
+)
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether ``error`` says that a GPU's or the machine's memory is used up."""
+    if isinstance(error, MemoryError):
+        return True
+    message = str(error)
+    return isinstance(error, RuntimeError) and any(told in message for told in _NO_MEMORY)

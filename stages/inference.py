@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Generic, Literal, TypeVar
 
@@ -22,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from stages.models.base import InferenceModel
+    from stages.models.feeding import Batch, Pixels
     from stages.models.preprocessing import Preprocessing
 
 
@@ -33,8 +32,9 @@ class InferenceConfig(Config):
     cover the hash of its weights instead of its place."""
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"] = 16
     """Images at once. Float sums differ between batch shapes in the last bit, so it counts as part
-    of the result. ``auto`` grows it until a GPU's memory or speed stops it, and is the default's
-    number on a CPU; what is found belongs to the shard, see `ModelStage.choices`."""
+    of the result. ``auto`` grows it until a GPU's memory, of which it takes ``resources.gpus`` at
+    most, or its speed stops it, and is the default's number on a CPU; what is found belongs to
+    the shard, see `ModelStage.choices`."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
     """``bfloat16`` is what GPUs are fast in; ``int8`` rounds the linear layers on a CPU."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
@@ -127,7 +127,7 @@ class ModelStage(ShardStage, Generic[C, M]):
 
     @abstractmethod
     def trial(self, pixels: Tensor) -> object:
-        """The most work that images ``pixels``, (B, 3, S, S) float32, may ordinarily take."""
+        """The most work that images ``pixels``, (B, S, S, 3) uint8, may ordinarily take."""
 
     def setup(self) -> None:
         opened = open_model(self.name, self.config)
@@ -141,7 +141,11 @@ class ModelStage(ShardStage, Generic[C, M]):
         import torch
 
         edge = self.model.preprocessing.size
-        self.model.grow(lambda count: self.trial(torch.zeros(count, 3, edge, edge)))
+        gpus = self.config.resources.gpus
+        self.model.grow(
+            lambda count: self.trial(torch.zeros(count, edge, edge, 3, dtype=torch.uint8)),
+            share=gpus if 0 < gpus < 1 else 1.0,
+        )
 
     def choices(self) -> dict[str, int]:
         """The batch size, where it is ``auto``."""
@@ -162,56 +166,8 @@ class ModelStage(ShardStage, Generic[C, M]):
         """`batches` of ``table`` for the model, on its device before it asks for them."""
         self._started_with = size = self.model.batch_size
         self._tokens_before = self.model.tokens
-        decoded = batches(
-            table, size, self.model.preprocessing, broken, threads=self.config.decode_threads
-        )
-        return self._uploaded(decoded) if self.model.device.type == "cuda" else decoded
-
-    def _uploaded(self, decoded: Iterator[Batch]) -> Iterator[Batch]:
-        """Copies the next batch on a stream of its own while the model works on this one."""
-        import torch
-
-        side = torch.cuda.Stream(self.model.device)  # type: ignore[no-untyped-call]
-        waiting: tuple[Batch, torch.Event] | None = None
-        for batch in decoded:
-            with torch.cuda.stream(side):
-                pinned = batch.pixels.pin_memory()
-                moved = Batch(batch.rows, pinned.to(self.model.device, non_blocking=True))
-                copied = side.record_event()
-            if waiting is not None:
-                yield _arrived(*waiting)
-            waiting = moved, copied
-        if waiting is not None:
-            yield _arrived(*waiting)
-
-
-def _arrived(batch: Batch, copied: torch.Event) -> Batch:
-    import torch
-
-    now = torch.cuda.current_stream(batch.pixels.device)
-    now.wait_event(copied)
-    # Its memory was made on the side stream, which must not reuse it while the model reads it.
-    batch.pixels.record_stream(now)
-    return batch
-
-
-@dataclass
-class Batch:
-    """Images that decoded: their rows in the table, and (B, 3, S, S) float32 for the model."""
-
-    rows: list[int]
-    pixels: Tensor
-
-
-@dataclass
-class _Filling:
-    rows: list[int] = field(default_factory=list)
-    pixels: list[Tensor] = field(default_factory=list)
-
-    def batch(self) -> Batch:
-        import torch
-
-        return Batch(self.rows, torch.cat(self.pixels))
+        model, threads = self.model, self.config.decode_threads
+        return batches(table, size, model.preprocessing, broken, threads, model.device)
 
 
 def batches(
@@ -219,50 +175,32 @@ def batches(
     size: int,
     preprocessing: Preprocessing,
     broken: dict[int, str],
-    *,
-    threads: int = 1,
+    threads: int,
+    device: torch.device,
 ) -> Iterator[Batch]:
     """The images of an IMAGES or IMAGES_WITH_TEXTS table, ``size`` at a time, in row order.
 
     A row whose image cannot be decoded goes to ``broken`` with the reason; the next one takes its
-    place, so that only the last batch is short. ``threads`` decode ahead, a batch at most.
+    place, so that only the last batch is short. ``threads`` decode ahead, a batch at most; on a
+    GPU one batch more is gathered, and one copied, while the model works.
     """
-    filling = _Filling()
-    for row, pixels in _prepared(table, preprocessing, threads, ahead=size):
-        if isinstance(pixels, str):
-            broken[row] = pixels
-            continue
-        filling.rows.append(row)
-        filling.pixels.append(pixels)
-        if len(filling.rows) == size:
-            yield filling.batch()
-            filling = _Filling()
-    if filling.rows:
-        yield filling.batch()
+    from stages.models.feeding import ahead, batched
 
-
-def _prepared(
-    table: pa.Table, preprocessing: Preprocessing, threads: int, ahead: int
-) -> Iterator[tuple[int, Tensor | str]]:
-    """Each row's (1, 3, S, S) float32, or why there is none; at most ``ahead`` rows wait."""
-
-    def prepare(data: bytes) -> Tensor | str:
+    def prepare(data: pa.Scalar) -> Pixels | str:
         try:
-            image = decode(data, cover=preprocessing.covered)
+            image = decode(data.as_py() or b"", cover=preprocessing.covered)
         except DecodeError as error:
             return str(error)
-        return preprocessing([image])
+        return preprocessing.resized(image)
 
-    waiting: deque[tuple[int, Future[Tensor | str]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for row, data in enumerate(table["image"]):
-            waiting.append((row, pool.submit(prepare, data.as_py() or b"")))
-            if len(waiting) > ahead:
-                first, prepared = waiting.popleft()
-                yield first, prepared.result()
-        while waiting:
-            first, prepared = waiting.popleft()
-            yield first, prepared.result()
+    def whole() -> Iterator[tuple[int, Pixels]]:
+        for row, pixels in enumerate(ahead(prepare, table["image"], threads, size)):
+            if isinstance(pixels, str):
+                broken[row] = pixels
+            else:
+                yield row, pixels
+
+    return batched(whole(), size, device)
 
 
 def from_rows(rows: Sequence[dict[str, object]], schema: pa.Schema) -> pa.Table:

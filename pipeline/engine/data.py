@@ -83,9 +83,10 @@ class StageWorker:
             inputs = shards.load_inputs(name, job, plan.store, carried)
             carried.update(inputs)
             if self._stage is None:
-                self._stage = shards.build(self._task, plan.store)
-                self._stage.replicas = self._replicas
-                self._stage.setup()
+                stage = shards.build(self._task, plan.store)
+                stage.replicas = self._replicas
+                stage.setup()  # may run out of memory; the next shard then tries again
+                self._stage = stage
             shards.settle(self._stage, self._task, job, plan.store)
             output = shards.run_stage(self._stage, inputs, plan.removed)
             facts = self._stage.facts()

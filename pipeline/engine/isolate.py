@@ -15,12 +15,8 @@ from pipeline.engine.dataset import translate
 from pipeline.engine.placement import fit
 from pipeline.store import Store
 from pipeline.tombstones import read_removed
-from stages.errors import UserError
+from stages.errors import UserError, out_of_memory
 from stages.schemas import check
-
-_ROWS_FAULT = (RayTaskError, WorkerCrashedError)
-"""What the rows may have done: raised in the stage, or killed its process. A lost node or a full
-memory is not theirs; it ends the run, and the next one tries the shard again."""
 
 _MAX_FAILURES = 64
 """After so many failed processes a shard's cause is not a row: what still fails is quarantined
@@ -97,8 +93,7 @@ class _Alone:
             return [piece]
         except RayError as error:
             raised = translate(error, self._task.name)
-            # A store or a model that cannot be read is no fault of the rows.
-            if isinstance(raised, UserError) or not isinstance(error, _ROWS_FAULT):
+            if isinstance(raised, UserError) or not _is_rows_fault(error):
                 raise raised from error
             self._failures += 1
             if stop - start == 1 or self._failures > _MAX_FAILURES:
@@ -122,6 +117,15 @@ def merged(pieces: Sequence[Mapping[str, str]]) -> dict[str, str]:
     if "tokens" in found:
         found["tokens"] = {str(sum(int(facts.get("tokens", 0)) for facts in pieces)): None}
     return {name: ", ".join(told) for name, told in found.items()}
+
+
+def _is_rows_fault(error: RayError) -> bool:
+    """Whether the rows may have done it: raised in the stage, or killed its process. A lost node,
+    or a machine's or GPU's memory that is full, even for one image, is not theirs; it ends the run,
+    and the next one tries the shard again."""
+    if isinstance(error, RayTaskError):
+        return not out_of_memory(error.cause)
+    return isinstance(error, WorkerCrashedError)
 
 
 def _cause(error: RayError) -> str:

@@ -4,14 +4,17 @@ at once."""
 from __future__ import annotations
 
 import gc
+import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
-from stages.errors import ConfigError
+from stages.errors import ConfigError, out_of_memory
+from stages.models.feeding import Batch, ahead, batched
 from stages.models.linear import Int8Linear, PackedLinear, can_pack, with_linears
 from stages.models.preprocessing import Preprocessing
 
@@ -19,13 +22,9 @@ M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 
 _GAIN = 1.05  # a batch twice as large must be so much faster an image, or growing stops
-_SHARE = 0.8  # of the memory that was free: real texts may be longer than the trial's
+_SHARE = 0.8  # of the memory that may be had: real texts may be longer than the trial's
 _MOST = 1024
-_NO_MEMORY = (  # of what does not go through torch's allocator for GPUs
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDA error: out of memory",  # pinned memory and graphs
-)
+_MOST_THREADS = 16
 
 
 class InferenceModel:
@@ -40,11 +39,16 @@ class InferenceModel:
     tokens = 0
     """Text tokens written or read so far, prompts and padding left out."""
 
+    threads: int
+    """Threads that resize images ahead of the model: one on a CPU, for a GPU 16 at most."""
+
     def __init__(
         self, device: str | torch.device, dtype: torch.dtype, batch_size: int, int8: bool
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.batch_size, self.int8 = batch_size, int8
+        cpus = os.cpu_count() or 1
+        self.threads = min(cpus, _MOST_THREADS) if self.device.type == "cuda" else 1
         if int8 and (self.device.type != "cpu" or dtype != torch.float32):
             raise ConfigError(
                 f"int8 runs on a CPU over float32, not on {self.device} over {dtype}; "
@@ -58,18 +62,54 @@ class InferenceModel:
             return with_linears(placed, Int8Linear)
         return with_linears(placed, PackedLinear) if can_pack(self.device, self.dtype) else placed
 
-    def batches(self, count: int, run: Callable[[slice], R]) -> Iterator[R]:
-        """``run`` over ``count`` items, ``batch_size`` at a time, in order."""
+    def over(
+        self, images: Sequence[Image.Image] | Tensor, run: Callable[[Tensor, slice], R]
+    ) -> Iterator[R]:
+        """``run(pixels, part)`` over all images, ``batch_size`` at a time, in order.
+
+        ``pixels``: (B, 3, S, S) of the images ``part``, on the device in the model's dtype. Images
+        are resized in threads and copied to a GPU ahead; a tensor is what `preprocessing` makes or
+        takes.
+        """
+        for batch in self._fed(images):
+            first, pixels = batch.rows[0], batch.pixels
+
+            def part(at: slice, first: int = first, pixels: Tensor = pixels) -> R:
+                # Before it is looked up in floats, an image is a quarter as large.
+                ready = self.preprocessing(pixels[at].to(self.device)).to(self.dtype)
+                return run(ready, slice(first + at.start, first + at.stop))
+
+            yield from self.batches(len(pixels), part)
+
+    def _fed(self, images: Sequence[Image.Image] | Tensor) -> Iterator[Batch]:
+        if not isinstance(images, Tensor):
+            resized = ahead(self.preprocessing.resized, images, self.threads, self.batch_size)
+            yield from batched(enumerate(resized), self.batch_size, self.device)
+        elif len(images):
+            yield Batch(list(range(len(images))), images)
+
+    def batches(
+        self,
+        count: int,
+        run: Callable[[slice], R],
+        *,
+        each: int = 1,
+        cut: Callable[[int], int] | None = None,
+    ) -> Iterator[R]:
+        """``run`` over ``count`` items, ``each`` x ``batch_size`` at a time, in order.
+
+        ``cut``: where a batch that starts at an item ends, if not after so many.
+        """
         start = 0
         while start < count:
-            end = min(start + self.batch_size, count)
+            end = cut(start) if cut else min(start + each * self.batch_size, count)
             results: list[R] = []
             try:
                 results.append(run(slice(start, end)))
             except (RuntimeError, MemoryError) as error:
-                if not out_of_memory(error) or end - start == 1:
+                if not out_of_memory(error) or end - start <= each:
                     raise
-                self.batch_size = (end - start) // 2
+                self.batch_size = max(1, (end - start) // (2 * each))
             if results:
                 yield from results
                 start = end
@@ -82,18 +122,20 @@ class InferenceModel:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def grow(self, run: Callable[[int], object]) -> int:
+    def grow(self, run: Callable[[int], object], share: float = 1.0) -> int:
         """Set ``batch_size`` to the best that this device takes, and return it.
 
         ``run(n)`` works on n images. On a GPU the size doubles until memory runs short, or until
-        an image takes hardly less time than before. A CPU gains nothing from larger batches than
-        those it starts from.
+        an image takes hardly less time than before. ``share`` of the whole GPU's memory is the
+        most that this process may take, now and later. A CPU keeps the size that it starts from.
         """
         if self.device.type != "cuda":
             return self.batch_size
+        free, total = torch.cuda.mem_get_info(self.device)
+        most = _SHARE * min(free + torch.cuda.memory_reserved(self.device), share * total)
+        torch.cuda.set_per_process_memory_fraction(most / total, self.device)
         best, rate = 1, 0.0
         size = self.batch_size
-        free = torch.cuda.mem_get_info(self.device)[0]
         while size <= _MOST:
             self.batch_size = size
             now = self._rate(run, size)
@@ -103,9 +145,10 @@ class InferenceModel:
             if now < rate * _GAIN:
                 break
             best, rate, size = size, now, 2 * size
-            if torch.cuda.max_memory_reserved(self.device) > _SHARE / 2 * free:
+            if torch.cuda.max_memory_reserved(self.device) > most / 2:
                 break
         self.batch_size = best
+        torch.cuda.set_per_process_memory_fraction(share, self.device)
         self.release()
         return best
 
@@ -116,11 +159,3 @@ class InferenceModel:
         run(size)
         torch.cuda.synchronize(self.device)
         return size / (time.perf_counter() - started)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that a GPU's or the machine's memory is used up."""
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and any(told in message for told in _NO_MEMORY)

@@ -86,11 +86,10 @@ class Captioner(InferenceModel):
         own = keys
         assert len(own) == len(images)
 
-        def run(part: slice) -> list[list[list[int]]]:
-            ids = self.generate(self.preprocessing(images[part]), own[part], config)
-            return cast(list[list[list[int]]], ids.tolist())
+        def run(pixels: Tensor, part: slice) -> list[list[list[int]]]:
+            return cast(list[list[list[int]]], self.generate(pixels, own[part], config).tolist())
 
-        batches = self.batches(len(images), run)
+        batches = self.over(images, run)
         return [[self._text(row, len(prompt)) for row in rows] for ids in batches for rows in ids]
 
     caption = __call__

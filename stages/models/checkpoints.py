@@ -23,7 +23,13 @@ from torch import Tensor
 
 from stages.errors import CheckpointError
 from stages.models.config import INITIALIZER_STD, MedConfig
-from stages.models.folders import ModelFolder
+from stages.models.folders import (
+    CAPTIONER_PARTS,
+    MATCHER_PARTS,
+    MOMENTUM_PARTS,
+    QUEUES,
+    ModelFolder,
+)
 from stages.models.med import Med
 from stages.models.preprocessing import Preprocessing
 from stages.models.text import fitted_to, load_tokenizer
@@ -36,10 +42,6 @@ MOMENTUM = "momentum.safetensors"
 MATCHER = "BlipForImageTextRetrieval"
 CAPTIONER = "BlipForConditionalGeneration"
 
-_MOMENTUM_PARTS = ("vision_model_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
-_QUEUES = ("image_queue", "text_queue", "image_id_queue", "queue_ptr")
-_MATCHER_PARTS = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
-_CAPTIONER_PARTS = ("vision_model.", "text_decoder.")
 _POSITIONS = {
     "vision_model.embeddings.position_embedding",
     "vision_model_m.embeddings.position_embedding",
@@ -58,11 +60,11 @@ class FolderKind:
     """The class of transformers that opens it."""
 
 
-MED = FolderKind((*_MATCHER_PARTS, *_CAPTIONER_PARTS, "temp"), MATCHER)
+MED = FolderKind((*MATCHER_PARTS, *CAPTIONER_PARTS, "temp"), MATCHER)
 """Opens as a matcher and as a captioner."""
-CAPTION = FolderKind(_CAPTIONER_PARTS, CAPTIONER)
-FILTER = FolderKind(_MATCHER_PARTS, MATCHER)
-TRAINING = (*_MOMENTUM_PARTS, *_QUEUES)
+CAPTION = FolderKind(CAPTIONER_PARTS, CAPTIONER)
+FILTER = FolderKind(MATCHER_PARTS, MATCHER)
+TRAINING = (*MOMENTUM_PARTS, *QUEUES)
 """Starts of the names of what only training needs."""
 
 
@@ -86,12 +88,12 @@ def load_tensors(med: Med, tensors: Mapping[str, Tensor], source: str | Path) ->
     copies they start equal to the online weights; queues of another size keep their random start.
     """
     state = med.state_dict()
-    has_momentum = any(name.startswith(_MOMENTUM_PARTS) for name in tensors)
+    has_momentum = any(name.startswith(MOMENTUM_PARTS) for name in tensors)
     queue = tensors.get("image_queue")
     same_queues = queue is not None and queue.shape == state["image_queue"].shape
-    optional = ("temp", *_QUEUES) if has_momentum else ("temp", *_QUEUES, *_MOMENTUM_PARTS)
+    optional = ("temp", *QUEUES) if has_momentum else ("temp", *QUEUES, *MOMENTUM_PARTS)
     filled = {name: value for name, value in state.items() if name.startswith(optional)}
-    filled |= {k: v for k, v in tensors.items() if same_queues or k not in _QUEUES}
+    filled |= {k: v for k, v in tensors.items() if same_queues or k not in QUEUES}
     for ours, theirs in shared_names(state):
         if ours not in tensors and theirs in tensors:
             filled[ours] = tensors[theirs]
@@ -128,7 +130,7 @@ def load_med(source: str | Path, config: MedConfig | None = None) -> Med:
     image size and BLIP's constants.
     """
     folder = ModelFolder.open(source)
-    folder.require("blip", (*_MATCHER_PARTS, *_CAPTIONER_PARTS), "a whole MED")
+    folder.require("blip", (*MATCHER_PARTS, *CAPTIONER_PARTS), "a whole MED")
     vision, text, projection_dim = folder.blip()
     text = fitted_to(text, load_tokenizer(folder.path))
     if config is not None:

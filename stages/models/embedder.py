@@ -26,7 +26,7 @@ from stages.errors import CheckpointError
 from stages.models.base import InferenceModel
 from stages.models.blocks import TextStack, VisionTransformer
 from stages.models.folders import ModelFolder, one_line
-from stages.models.matcher import trimmed, unit
+from stages.models.matcher import TEXTS_AN_IMAGE, trimmed, unit
 from stages.models.preprocessing import Preprocessing
 from stages.models.text import clean_caption, encode_texts, fitted_to
 
@@ -87,18 +87,19 @@ class Embedder(InferenceModel):
     def image_features(self, images: Sequence[Image.Image] | Tensor) -> Tensor:
         """`embed_images` before rounding: (N, D) float32 on the CPU."""
 
-        def run(part: slice) -> Tensor:
-            pixels = self.preprocessing(images[part])
-            return unit(self.towers.images(pixels.to(self.device, self.dtype))).cpu()
+        def run(pixels: Tensor, _: slice) -> Tensor:
+            return unit(self.towers.images(pixels)).cpu()
 
-        return torch.cat([torch.empty(0, self.dim), *self.batches(len(images), run)])
+        return torch.cat([torch.empty(0, self.dim), *self.over(images, run)])
 
     @torch.inference_mode()
     def text_features(self, texts: Sequence[str]) -> Tensor:
         """`embed_texts` before rounding: (N, D) float32 on the CPU."""
-        step = 4 * self.batch_size
-        parts = (texts[start : start + step] for start in range(0, len(texts), step))
-        features = [unit(self.towers.texts(part)).cpu() for part in parts]
+
+        def run(part: slice) -> Tensor:
+            return unit(self.towers.texts(texts[part])).cpu()
+
+        features = self.batches(len(texts), run, each=TEXTS_AN_IMAGE)
         return torch.cat([torch.empty(0, self.dim), *features])
 
 

@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 M = TypeVar("M", bound=nn.Module)
 
+MATCHER_PARTS = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
+CAPTIONER_PARTS = ("vision_model.", "text_decoder.")
+MOMENTUM_PARTS = ("vision_model_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
+QUEUES = ("image_queue", "text_queue", "image_id_queue", "queue_ptr")
+_BLIP_PARTS = (*MATCHER_PARTS, *CAPTIONER_PARTS, *MOMENTUM_PARTS)
+_BLIP_TENSORS = {"temp", *QUEUES}
+
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
 _INDEX = "model.safetensors.index.json"
 _WANTED = ["*.json", "*.txt", "model*.safetensors"]
@@ -52,7 +59,8 @@ class ModelFolder:
         return str(self.config.get("model_type"))
 
     def require(self, kind: str, parts: Collection[str], needed: str) -> None:
-        """Refuse a folder of another ``model_type``, or with no tensor below one of ``parts``.
+        """Refuse a folder of another ``model_type``, or with no tensor below one of ``parts``, or a
+        BLIP with a tensor that belongs to none of its parts; what is below a part, `part` checks.
 
         ``needed`` says in words what it should be.
         """
@@ -67,6 +75,13 @@ class ModelFolder:
                     f"{self.source}: {found} without any tensor '{part}*', {advice}; "
                     "give its folder or hub id"
                 )
+        known = self.names if kind != "blip" else _BLIP_TENSORS
+        stray = [n for n in self.names if n not in known and not n.startswith(_BLIP_PARTS)]
+        if stray:
+            raise CheckpointError(
+                f"{self.source}: unexpected tensor {stray[0]} ({len(stray)} such), {advice}; "
+                "give its folder or hub id"
+            )
 
     @cached_property
     def names(self) -> dict[str, Path]:

@@ -13,9 +13,9 @@ position 0, the contrastive head ``[CLS]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import cast
 
@@ -30,6 +30,7 @@ from stages.models.folders import ModelFolder
 from stages.models.text import clean_caption, encode_texts, fitted_to
 
 MATCH = 1  # index of "matches" among the two outputs of the matching head
+TEXTS_AN_IMAGE = 4  # at once, for each image of a batch: texts are that much smaller
 
 
 @dataclass(frozen=True)
@@ -106,22 +107,19 @@ class Matcher(InferenceModel):
         [-1, 1].
         """
         assert len(images) == len(texts)
-        run = self._match_batch
-        batches = self.batches(len(images), lambda part: run(images[part], texts[part]))
+        batches = self.over(images, lambda pixels, part: self._match_batch(pixels, texts[part]))
         return [scores for batch in batches for scores in batch]
 
     __call__ = match
 
     def _match_batch(
-        self, images: Sequence[Image.Image] | Tensor, texts: Sequence[Sequence[str]]
+        self, pixels: Tensor, texts: Sequence[Sequence[str]]
     ) -> list[list[tuple[float, float]]]:
         owners = [image for image, own in enumerate(texts) for _ in own]
         if not owners:
-            return [[] for _ in images]
-        encoded, words = (
-            self.encode_images(images),
-            self.encode_texts([t for o in texts for t in o]),
-        )
+            return [[] for _ in texts]
+        encoded = self.encode_images(pixels)
+        words = self.encode_texts([text for own in texts for text in own])
         rows = torch.tensor(owners)
         logits = self.itm_logits(encoded, words, torch.stack([rows, torch.arange(len(rows))], 1))
         matching = logits.softmax(dim=-1)[:, MATCH].tolist()
@@ -132,12 +130,7 @@ class Matcher(InferenceModel):
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image] | Tensor) -> Images:
         """Image tokens and contrastive features, ``batch_size`` images at a time; at least one."""
-
-        def run(part: slice) -> Tensor:
-            pixels = self.preprocessing(images[part])
-            return cast(Tensor, self.vision(pixels.to(self.device, self.dtype)))
-
-        whole = torch.cat(list(self.batches(len(images), run)))
+        whole = torch.cat(list(self.over(images, lambda pixels, _: self.vision(pixels))))
         return Images(whole, unit(self.vision_proj(whole[:, 0])))
 
     @torch.inference_mode()
@@ -147,13 +140,13 @@ class Matcher(InferenceModel):
         ids, mask = encode_texts(self.tokenizer, cleaned, self.max_tokens)
         self.tokens += int(mask.sum())
         ids, mask = ids.to(self.device), mask.to(self.device)
-        features: list[Tensor] = []
-        step = 4 * self.batch_size
-        for start in range(0, len(texts), step):
-            own, seen = trimmed(ids[start : start + step], mask[start : start + step])
-            first = self.encoder(own, seen, first_only=True)[:, 0]
-            features.append(unit(self.text_proj(first)))
-        return Texts(ids, mask, torch.cat(features))
+
+        def run(part: slice) -> Tensor:
+            own, seen = trimmed(ids[part], mask[part])
+            return unit(self.text_proj(self.encoder(own, seen, first_only=True)[:, 0]))
+
+        features = self.batches(len(texts), run, each=TEXTS_AN_IMAGE)
+        return Texts(ids, mask, torch.cat(list(features)))
 
     @torch.inference_mode()
     def itm_logits(self, images: Images, texts: Texts, pairs: Tensor) -> Tensor:
@@ -166,29 +159,28 @@ class Matcher(InferenceModel):
         counts = pairs[:, 0].bincount()
         # Images with as many texts stand together: their keys and values then serve without copies.
         order = (counts[pairs[:, 0]] * len(counts) + pairs[:, 0]).argsort(stable=True)
+        own, sizes = pairs[order], counts[pairs[order, 0]].tolist()
+        blocks = self.batches(
+            len(pairs),
+            lambda block: self._itm_block(images, texts, own[block]),
+            each=TEXTS_AN_IMAGE,
+            cut=lambda start: self._block_end(sizes, start),
+        )
         logits = torch.empty(len(pairs), 2, device=self.device)
-        for block in self._blocks(pairs[order, 0].tolist()):
-            part = order[block]
-            logits[part] = self._itm_block(images, texts, pairs[part])
+        logits[order] = torch.cat([logits[:0], *blocks])
         return logits
 
-    def _blocks(self, owners: Sequence[int]) -> Iterator[slice]:
-        """Cut grouped image indices into blocks of images with equally many pairs.
+    def _block_end(self, sizes: Sequence[int], start: int) -> int:
+        """Where a block of images with equally many pairs ends: ``sizes`` are each pair's image's
+        number of pairs, ascending.
 
         A block has 4 x ``batch_size`` pairs at most; an image with more is cut up.
         """
-        most, start, end, last = 4 * self.batch_size, 0, 0, 0
-        for _, run in groupby(owners):
-            count = len(list(run))
-            if end > start and (count != last or end - start + count > most):
-                yield slice(start, end)
-                start = end
-            end, last = end + count, count
-            if count > most:
-                yield from (slice(at, min(at + most, end)) for at in range(start, end, most))
-                start = end
-        if end > start:
-            yield slice(start, end)
+        most, count = TEXTS_AN_IMAGE * self.batch_size, sizes[start]
+        if count > most:
+            inside = (start - bisect_left(sizes, count)) % count
+            return min(start + most, start - inside + count)
+        return min(start + most // count * count, bisect_right(sizes, count))
 
     def _itm_block(self, images: Images, texts: Texts, pairs: Tensor) -> Tensor:
         owners = cast(Tensor, torch.unique_consecutive(pairs[:, 0]))

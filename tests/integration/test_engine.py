@@ -14,7 +14,7 @@ from pipeline.engine.shard import load
 from pipeline.records import Record
 from pipeline.store import Store
 from stages.base import Config, Resources, ShardStage
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, RunError
 from stages.schemas import CAPTIONS, DOWNLOAD, EMBEDDINGS, IMAGES, SOURCES
 
 PNG = b"\x89PNG not decoded here"
@@ -71,6 +71,8 @@ class FakeCaption(FakeDownload):
         for sample in table["sample_id"].to_pylist():
             if "deadly" in sample:
                 os._exit(7)
+            if "hungry" in sample:
+                raise MemoryError(f"no memory for {sample}")
             if "broken" in sample:
                 raise ValueError(f"cannot caption {sample}")
         return self.failed(table, "success", "")
@@ -230,3 +232,12 @@ def test_an_error_of_the_user_stops_the_run_as_itself(tmp_path, board):
     tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake(), weights="none")]
     with pytest.raises(CheckpointError, match="not a BLIP captioner"):
         run(store, shards, board, tasks)
+
+
+def test_a_lack_of_memory_is_not_blamed_on_the_rows(tmp_path, board):
+    store = Store(str(tmp_path))
+    shards = make_shards(store, [["a", "hungry"]])
+    tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake())]
+    with pytest.raises(RunError, match="stage caption: MemoryError: no memory for hungry"):
+        run(store, shards, board, tasks)
+    assert [name for name in store.record_names() if "caption" in name] == []

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
-from tests.bench import blip, capfilt, floor
+from stages.filter import FilterStage
+from tests.bench import blip, capfilt, capfilt_engine, floor
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +42,53 @@ def test_graphs_and_batch_shapes_are_compared(tmp_path: Path) -> None:
     assert {row["value"] for row in found if row["against"] == "eager"} == {0.0}
 
 
+def test_captioning_and_scoring_add_up(tmp_path: Path) -> None:
+    found = {row["metric"]: row for row in rows(tmp_path)}
+    for label in ("transformers, batched", "ours"):
+        apart = [1 / found[f"{kind}: {label}"]["value"] for kind in ("captions", "scores")]
+        assert found[f"captions + scores: {label}"]["value"] == pytest.approx(1 / sum(apart))
+
+
+@pytest.fixture
+def small_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capfilt_engine, "_TABLE", 5)
+
+
+@pytest.mark.usefixtures("small_tables")
 def test_memory_is_watched(tmp_path: Path) -> None:
-    [row] = rows(tmp_path, "--memory", "250")
-    assert row["value"] > 0
+    found = rows(tmp_path, "--memory", "40")
+    assert [row["metric"].partition(":")[0] for row in found] == ["caption", "filter", "embed"]
+    assert all(row["value"] > 0 and row["ratio"] < 1.1 for row in found)
+
+
+@pytest.mark.usefixtures("small_tables")
+def test_a_leak_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    leaked, process = [], FilterStage.process
+
+    def leaking(self: FilterStage, table: pa.Table) -> pa.Table:
+        leaked.append(bytes(range(256)) * 2**18)
+        return process(self, table)
+
+    monkeypatch.setattr(FilterStage, "process", leaking)
+    found = {row["metric"]: row["ratio"] for row in rows(tmp_path, "--memory", "40")}
+    assert found["filter: memory"] > 1.1
+    assert found["caption: memory"] < 1.1
+
+
+def test_a_phase_takes_its_products_or_its_bytes_whichever_is_longer() -> None:
+    machine = floor.Machine(rate=10, linear_rate=20, bandwidth=5)
+    phases = floor.Work(40, 10, 5), floor.Work(20, 0, 50)
+    assert machine.floor(phases) == max(2 + 1, 1) + max(1, 10)
+
+
+def test_int8_reads_its_keys_in_floats() -> None:
+    config = blip.config(tiny=True)
+    t, tokens = config.text_config, 17
+    bytes_of = [
+        floor.caption_work(config, 3, 10, 2, size, keys)[1].bytes for size, keys in ((4, 4), (1, 4))
+    ]
+    keys = 10 * 4 * t.num_hidden_layers * 2 * tokens * t.hidden_size
+    assert (bytes_of[0] - keys) == 4 * (bytes_of[1] - keys)
 
 
 def test_the_count_of_flops_is_torchs_own() -> None:

@@ -14,7 +14,7 @@ from stages.errors import CheckpointError, ConfigError
 from stages.models.captioner import Captioner
 from stages.models.config import GenerationConfig
 from stages.models.decoding import Decoding
-from stages.models.preprocessing import preprocess
+from stages.models.preprocessing import Preprocessing
 from stages.models.sampling import Rules, draw, nucleus, uniforms
 from tests import tiny_models
 
@@ -53,7 +53,7 @@ def generated(
     """transformers' ``generate``, which overwrites the prompt's first id and drops its last."""
     prompt = torch.tensor(tiny_models.tokenizer()("a picture of ")["input_ids"])
     return model.generate(
-        preprocess(images, 32), input_ids=prompt.repeat(len(images), 1), **options
+        Preprocessing(size=32)(images), input_ids=prompt.repeat(len(images), 1), **options
     )
 
 
@@ -76,7 +76,7 @@ def test_greedy_and_beam_equal_transformers(
         method="greedy" if beams == 1 else "beam", num_beams=beams, repetition_penalty=penalty
     )
     keys = [b""] * len(images)
-    ours = captioner.generate(preprocess(images, 32), keys, config)
+    ours = captioner.generate(Preprocessing(size=32)(images), keys, config)
     assert torch.equal(ours[:, 0], padded(expected, 20))
     lengths = (ours[:, 0] != 0).sum(dim=1)
     assert len(lengths.unique()) > 4 and lengths.min() >= 6
@@ -91,7 +91,7 @@ def test_several_beams_equal_transformers(
     config = GenerationConfig(
         method="beam", num_beams=4, captions_per_image=3, min_tokens=9, max_tokens=17
     )
-    ours = captioner.generate(preprocess(images, 32), [b""] * 40, config)
+    ours = captioner.generate(Preprocessing(size=32)(images), [b""] * 40, config)
     assert torch.equal(ours.flatten(0, 1), padded(expected, 17))
 
 
@@ -114,7 +114,7 @@ def test_nucleus_draws_from_transformers_distributions(
     """Cached decoding steps against transformers' forward over the whole text, all the way."""
     images, keys = random_images(12, seed=2), [bytes([i]) for i in range(12)]
     config = GenerationConfig(captions_per_image=2, seed=5)
-    pixels, sep = preprocess(images, 32), captioner.tokenizer.sep_token_id
+    pixels, sep = Preprocessing(size=32)(images), captioner.tokenizer.sep_token_id
     ids = captioner.generate(pixels, keys, config).flatten(0, 1)
     noise = torch.from_numpy(uniforms(5, keys, 2, 20)).flatten(0, 1)
     tokens = model.vision_model(pixels).last_hidden_state.repeat_interleave(2, dim=0)
@@ -179,7 +179,7 @@ def test_texts_have_no_prompt_and_no_special_tokens(captioner: Captioner, method
         assert not text.startswith(("a picture of", "##"))
         assert "[" not in text
         assert len(captioner.tokenizer(text)["input_ids"]) <= 20 - 4 + 2
-    ids = captioner.generate(preprocess(images, 32), [b"k"] * 30, config)
+    ids = captioner.generate(Preprocessing(size=32)(images), [b"k"] * 30, config)
     words = captioner.tokenizer.batch_decode(ids[:, 0], skip_special_tokens=True)
     assert all(line.startswith("a picture of") for line in words)
 

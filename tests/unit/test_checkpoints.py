@@ -28,7 +28,7 @@ from stages.models.checkpoints import (
 )
 from stages.models.config import MedConfig, TextConfig, VisionConfig
 from stages.models.med import Med
-from stages.models.preprocessing import preprocess
+from stages.models.preprocessing import Preprocessing
 from stages.models.text import encode_texts, fitted_to, load_tokenizer, word_tokenizer
 
 TEXTS = ["a red dog on the grass", "two cats"]
@@ -145,7 +145,7 @@ def test_auto_processor_prepares_what_we_prepare(
     ids, mask = encode_texts(tokenizer, TEXTS, 30)
     assert torch.equal(batch["input_ids"], ids)
     assert torch.equal(batch["attention_mask"], mask)
-    torch.testing.assert_close(batch["pixel_values"], preprocess([photo], 32))
+    torch.testing.assert_close(batch["pixel_values"], Preprocessing(size=32)([photo]))
 
 
 def test_med_comes_back_whole(folder: Path, med: Med) -> None:

@@ -9,7 +9,7 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 from stages.errors import CheckpointError
 from stages.models.embedder import Embedder
 from stages.models.matcher import Matcher
-from stages.models.preprocessing import preprocess
+from stages.models.preprocessing import Preprocessing
 from tests import tiny_models
 
 TEXTS = ["a cat", "two dogs, and 3 cars!", "", "x" * 100, "emoji 🙂 \u200f"]
@@ -64,7 +64,7 @@ def test_blip_contrastive_head(tmp_path: Path) -> None:
     model = tiny_models.matcher_model()
     folder = tiny_models.save_blip(model, tmp_path / "med")
     embedder, images = Embedder(folder, batch_size=3), random_images(8)
-    tokens = model.vision_model(preprocess(images, 32)).last_hidden_state
+    tokens = model.vision_model(Preprocessing(size=32)(images)).last_hidden_state
     theirs = torch.nn.functional.normalize(model.vision_proj(tokens[:, 0]), dim=-1)
     assert (embedder.image_features(images) - theirs).abs().max() < 1e-5
     scores = Matcher(folder).match(images, [TEXTS[:3]] * 8)
@@ -124,3 +124,19 @@ def test_bfloat16_is_close(clip: Path) -> None:
     whole, half = Embedder(clip), Embedder(clip, dtype=torch.bfloat16)
     assert (whole.image_features(images) * half.image_features(images)).sum(dim=1).min() > 0.99
     assert (whole.text_features(TEXTS) * half.text_features(TEXTS)).sum(dim=1).min() > 0.99
+
+
+def test_texts_that_do_not_fit_are_halved(clip: Path) -> None:
+    embedder = Embedder(clip, batch_size=4)
+    texts = [f"a red cat {number}" for number in range(13)]
+    expected, read, tried = embedder.text_features(texts), embedder.towers.texts, []
+
+    def small_machine(part: list[str]) -> torch.Tensor:
+        tried.append(len(part))
+        if len(part) > 8:
+            raise MemoryError
+        return read(part)
+
+    embedder.towers.texts = small_machine
+    assert (embedder.text_features(texts) - expected).abs().max() < 1e-5
+    assert tried == [13, 4, 4, 4, 1]

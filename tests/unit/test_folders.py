@@ -10,6 +10,7 @@ from transformers import BlipForImageTextRetrieval
 from stages.errors import CheckpointError
 from stages.models.blocks import VisionTransformer
 from stages.models.config import TextConfig, VisionConfig
+from stages.models.embedder import Embedder
 from stages.models.folders import ModelFolder
 from stages.models.matcher import Matcher
 from tests import tiny_models
@@ -127,6 +128,22 @@ def test_weights_that_do_not_fit(folder: Path) -> None:
     assert f"no tensor {name} (1 such)" in refusal(folder)
     rewrite(folder, {name: torch.zeros(32, 64), "text_encoder.extra": torch.zeros(1)})
     assert "unexpected tensor text_encoder.extra" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["stray", "temperature", "lm_head.weight", "vision_modelx.weight"])
+def test_a_tensor_of_no_part_is_refused(folder: Path, name: str) -> None:
+    rewrite(folder, {name: torch.zeros(1)})
+    assert f"unexpected tensor {name} (1 such), need a BLIP matcher" in refusal(folder)
+    with pytest.raises(CheckpointError, match=f"unexpected tensor {name}"):
+        Embedder(folder)
+
+
+def test_what_released_checkpoints_hold_besides_is_let_pass(folder: Path) -> None:
+    names = ["temp", "image_queue", "text_queue", "queue_ptr", "image_id_queue",
+             "vision_model_m.x", "text_encoder_m.x", "vision_proj_m.bias", "text_proj_m.bias",
+             "text_decoder.bert.x"]  # fmt: skip
+    rewrite(folder, {name: torch.zeros(1) for name in names})
+    Matcher(folder)
 
 
 def test_pickled_weights_are_never_opened(folder: Path, tmp_path: Path) -> None:

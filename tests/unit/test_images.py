@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import BlipImageProcessorPil, CLIPImageProcessorPil
 
 from stages.models.images import FORMATS, DecodeError, decode
-from stages.models.preprocessing import Preprocessing, preprocess
+from stages.models.preprocessing import Preprocessing
 
 needs_data = pytest.mark.skipif(
     "CAPFILT_TEST_DATA" not in os.environ, reason="CAPFILT_TEST_DATA is not set"
@@ -208,7 +208,7 @@ def test_hostile_files_give_an_image_or_a_decode_error() -> None:
             assert not readable, row
             continue
         assert image.mode == "RGB"
-        assert preprocess([image], 32).isfinite().all()
+        assert Preprocessing(size=32)([image]).isfinite().all()
         decoded += 1
     assert decoded > 400
 
@@ -227,7 +227,7 @@ SIZES = [(64, 64), (200, 50), (50, 200), (1, 1), (7, 211), (300, 10), (31, 33), 
 def test_blip_preprocessing_equals_transformers() -> None:
     images = [noise(w, h, i) for i, (w, h) in enumerate(SIZES)]
     theirs = BlipImageProcessorPil(size={"height": 48, "width": 48})(images, return_tensors="pt")
-    assert torch.equal(preprocess(images, 48), theirs["pixel_values"])
+    assert torch.equal(Preprocessing(size=48)(images), theirs["pixel_values"])
 
 
 @pytest.mark.parametrize(("edge", "size"), [(32, 32), (40, 32), (24, 32)])
@@ -237,7 +237,7 @@ def test_clip_preprocessing_equals_transformers(edge: int, size: int) -> None:
         size={"shortest_edge": edge}, crop_size={"height": size, "width": size}
     )
     theirs = processor(images, return_tensors="pt")["pixel_values"]
-    ours = preprocess(images, size, shortest_edge=edge)
+    ours = Preprocessing(size=size, shortest_edge=edge)(images)
     assert torch.equal(ours, theirs)
 
 
@@ -247,21 +247,21 @@ def test_preprocessing_of_photos_equals_transformers() -> None:
     images = [decode(file.read_bytes()) for file in files]
     assert len(images) == 24
     blip = BlipImageProcessorPil(size={"height": 224, "width": 224})(images, return_tensors="pt")
-    assert torch.equal(preprocess(images, 224), blip["pixel_values"])
+    assert torch.equal(Preprocessing(size=224)(images), blip["pixel_values"])
     clip = CLIPImageProcessorPil()(images, return_tensors="pt")["pixel_values"]
-    ours = preprocess(images, 224, shortest_edge=224)
+    ours = Preprocessing(size=224, shortest_edge=224)(images)
     assert torch.equal(ours, clip)
 
 
 def test_extreme_shapes_are_cut_before_they_are_resized() -> None:
-    pixels = preprocess([noise(20_000, 10), noise(10, 20_000)], 224, shortest_edge=224)
+    pixels = Preprocessing(size=224, shortest_edge=224)([noise(20_000, 10), noise(10, 20_000)])
     assert pixels.shape == (2, 3, 224, 224) and pixels.isfinite().all()
     smooth = Image.linear_gradient("L").resize((660, 20)).convert("RGB")
     theirs = CLIPImageProcessorPil(
         size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}
     )
     expected = theirs([smooth], return_tensors="pt")["pixel_values"]
-    assert (preprocess([smooth], 16, shortest_edge=16) - expected).abs().max() < 0.05
+    assert (Preprocessing(size=16, shortest_edge=16)([smooth]) - expected).abs().max() < 0.05
 
 
 def test_preprocessing_follows_the_processor_config() -> None:

@@ -8,7 +8,7 @@ from transformers import BlipForImageTextRetrieval
 
 from stages.errors import CheckpointError, ConfigError
 from stages.models.matcher import MATCH, Matcher
-from stages.models.preprocessing import preprocess
+from stages.models.preprocessing import Preprocessing
 from tests import tiny_models
 
 TEXTS = [
@@ -52,7 +52,7 @@ def transformers_scores(
     """ITM logits and ITC cosine of one pair by transformers' modules, fed BLIP's ids."""
     encoded = matcher.encode_texts([text])
     ids, mask = encoded.input_ids, encoded.mask
-    pixels = preprocess([image], 32)
+    pixels = Preprocessing(size=32)([image])
     cosine = model(ids, pixels, use_itm_head=False, attention_mask=mask).itm_score
     enc = ids.clone()
     enc[:, 0] = matcher.tokenizer.convert_tokens_to_ids("[ENC]")
@@ -100,21 +100,47 @@ def test_the_matching_head_sees_enc(matcher: Matcher, model: BlipForImageTextRet
     [[(itm, _)]] = matcher.match(image, [["a red cat"]])
     encoded = matcher.encode_texts(["a red cat"])
     with torch.inference_mode():
-        cls = model(encoded.input_ids, preprocess(image, 32), attention_mask=encoded.mask)
+        cls = model(encoded.input_ids, Preprocessing(size=32)(image), attention_mask=encoded.mask)
     assert abs(float(cls.itm_score.softmax(-1)[0, 1]) - itm) > 1e-3
 
 
 def test_blocks_hold_equal_counts_and_every_pair_once(matcher: Matcher) -> None:
-    owners = [0, 1, 2, 5, 5, 6, 6, *[7] * 33, 8, 9]
-    blocks = list(matcher._blocks(owners))
-    assert [i for block in blocks for i in range(block.start, block.stop)] == list(
-        range(len(owners))
-    )
+    owners = [0, 1, 2, 8, 9, *[5] * 2, *[6] * 2, *[7] * 33]
+    sizes, blocks, start = [owners.count(image) for image in owners], [], 0
+    while start < len(owners):
+        blocks.append(owners[start : matcher._block_end(sizes, start)])
+        start += len(blocks[-1])
+    assert [image for block in blocks for image in block] == owners
+    assert [len(block) for block in blocks] == [5, 4, 16, 16, 1]
     for block in blocks:
-        own = owners[block]
-        assert 0 < len(own) <= 16
-        assert len({own.count(image) for image in own}) == 1
-    assert list(matcher._blocks([])) == []
+        assert len({block.count(image) for image in block}) == 1
+
+
+def test_texts_and_pairs_that_do_not_fit_are_halved(folder: Path) -> None:
+    """Called directly, as evaluation does, and with an image of many texts cut up on the way."""
+    images, texts = random_images(9), TEXTS * 3
+    pairs = torch.cartesian_prod(torch.arange(8), torch.arange(3))
+    pairs = torch.cat([pairs, torch.cartesian_prod(torch.tensor([8]), torch.arange(21))])
+    matcher = Matcher(folder, batch_size=8)
+    encoded, words = matcher.encode_images(images), matcher.encode_texts(texts)
+    expected = matcher.itm_logits(encoded, words, pairs)
+    encode, tried = matcher.encoder.forward, []
+
+    def small_machine(ids: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        tried.append(len(ids))
+        if len(ids) > 8:
+            raise MemoryError
+        return encode(ids, *args, **options)
+
+    matcher.encoder.forward = small_machine
+    again = matcher.encode_texts(texts)
+    assert (again.features - words.features).abs().max() < 1e-5
+    assert tried == [21, 8, 8, 5] and matcher.batch_size == 2
+    matcher.batch_size = 8
+    found = matcher.itm_logits(encoded, words, pairs)
+    assert (found - expected).abs().max() < 1e-5
+    # 8 images of 3 pairs: 24, then 12, then 6 at a time; the image of 21: 8, 8 and 5.
+    assert tried[4:] == [24, 12, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 1]
 
 
 def test_scores_do_not_depend_on_the_batch(folder: Path, matcher: Matcher) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from stages.errors import ConfigError
-from stages.models.base import InferenceModel, out_of_memory
+from stages.errors import ConfigError, out_of_memory
+from stages.models.base import InferenceModel
 from stages.models.captioner import Captioner
 from stages.models.config import GenerationConfig
 from stages.models.linear import Int8Linear, PackedLinear, can_pack
@@ -52,6 +52,18 @@ def test_one_image_that_does_not_fit_is_an_error() -> None:
         list(runs.batches(2, run))
 
 
+def test_as_many_texts_as_an_image_has_that_do_not_fit_are_an_error() -> None:
+    runs, tried = model(4), []
+
+    def run(part: slice) -> None:
+        tried.append(part.stop - part.start)
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        list(runs.batches(20, run, each=4))
+    assert tried == [16, 8, 4] and runs.batch_size == 1
+
+
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     def run(part: slice) -> None:
         torch.zeros(2) @ torch.zeros(3)
@@ -68,6 +80,70 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 def test_a_cpu_keeps_the_size_it_starts_from() -> None:
     assert model(16).grow(lambda count: None) == 16
+
+
+class Gpu:
+    """What torch says of a GPU of 100 units, 10 of them taken by others; an image takes one."""
+
+    free, total, weights = 88, 100, 2
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fast_until: int, fits: int = 10**6) -> None:
+        self.model = model(4)
+        self.model.device = torch.device("cuda")
+        self.fast_until, self.fits, self.sizes, self.allowed = fast_until, fits, [], [1.0]
+        patched = {
+            "mem_get_info": lambda _: (self.free, self.total),
+            "memory_reserved": lambda _: self.weights,
+            "max_memory_reserved": lambda _: self.weights + max(self.sizes),
+            "set_per_process_memory_fraction": lambda most, _: self.allowed.append(most),
+            "empty_cache": lambda: None,
+        }
+        for name, instead in patched.items():
+            monkeypatch.setattr(torch.cuda, name, instead)
+        monkeypatch.setattr(InferenceModel, "_rate", self.rate)
+
+    def rate(self, run: object, size: int) -> float:
+        def fitting(part: slice) -> None:
+            count = part.stop - part.start
+            if count > self.fits or self.weights + count > self.allowed[-1] * self.total:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+            self.sizes.append(count)
+
+        assert list(self.model.batches(size, fitting))
+        return float(min(size, self.fast_until))
+
+
+def test_growing_stops_where_speed_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, fast_until=8)
+    assert gpu.model.grow(lambda count: None) == gpu.model.batch_size == 8
+    assert gpu.sizes == [4, 8, 16]
+
+
+def test_growing_stops_before_memory_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """80 % of the 90 units that are to be had: 64 images would take 66, and 128 are not tried."""
+    gpu = Gpu(monkeypatch, fast_until=1000)
+    assert gpu.model.grow(lambda count: None) == 64
+    assert gpu.sizes == [4, 8, 16, 32, 64]
+    assert gpu.allowed[1:] == [pytest.approx(0.72), 1.0]
+
+
+def test_growing_takes_its_share_of_the_gpu_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, fast_until=1000)
+    assert gpu.model.grow(lambda count: None, share=0.25) == 16
+    assert gpu.sizes == [4, 8, 16]
+    assert gpu.allowed[1:] == [pytest.approx(0.2), 0.25]
+    tight = Gpu(monkeypatch, fast_until=1000)
+    assert tight.model.grow(lambda count: None, share=0.05) == 2
+    assert tight.weights + max(tight.sizes) <= 0.05 * tight.total
+
+
+def test_growing_goes_on_from_the_half_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Gpu(monkeypatch, fast_until=1000, fits=20)
+    assert gpu.model.grow(lambda count: None) == 16
+    assert gpu.sizes == [4, 8, 16, 16, 16]
+    first = Gpu(monkeypatch, fast_until=1000, fits=3)
+    assert first.model.grow(lambda count: None) == 2
+    assert first.model.batch_size == 2
 
 
 def test_a_captioner_that_runs_out_of_memory_gives_the_same_captions(tmp_path: Path) -> None:
