@@ -161,7 +161,7 @@ class _Loop:
     def go(self, board: Any) -> None:
         """All rounds, each resumed or skipped as its records say."""
         self._board = board
-        placement.check(self._config)
+        placement.check(self._config, placement.nodes())
         course = Course(self._config, self._store, self._world)
         first = self._config.first_round
         if first == 1:
@@ -255,7 +255,7 @@ class _Loop:
     def _dataset(self, task: DatasetTask) -> None:
         done = self._store.exists(task.record)
         self._screen.begin(task.name, total=1, done=int(done))
-        run_dataset(self._store, task, self._board)
+        run_dataset(self._store, task, self._board, self._config.engine.grows_to)
         self._screen.end(task.name)
 
     def _train(self, plan: RoundPlan) -> None:

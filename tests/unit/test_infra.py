@@ -242,8 +242,16 @@ def test_the_plan_in_the_readme_is_the_one_computed() -> None:
 
 def test_the_plan_grows_with_its_size_and_shrinks_with_speed() -> None:
     small, large = plan(1e6, Rates()), plan(1e7, Rates())
-    for name in small.keys() - {"read for labelling, MB/s", "writes a second while labelling"}:
-        assert large[name] == pytest.approx(10 * small[name]), name
+    same = {
+        "read for labelling, MB/s",
+        "writes a second while labelling",
+        "evaluation, hours on one GPU",
+    }
+    for name in small:
+        factor = 1 if name in same else 10
+        assert large[name] == pytest.approx(factor * small[name]), name
     simple = Rates(alive=1, caption=2, filter=4, embed=4, gpus=2)
     assert plan(7200, simple)["labelling, GPU-hours"] == pytest.approx(2.0)
     assert plan(7200, simple)["labelling, days on the GPUs"] == pytest.approx(1 / 24)
+    simple = Rates(probes=3600, k_test=1, itm=12, beam=1)
+    assert plan(1, simple)["evaluation, hours on one GPU"] == pytest.approx(2 * 2 * (1 + 1))
