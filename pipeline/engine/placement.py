@@ -131,7 +131,9 @@ def share_out(
     Args:
         wanted: stage → what one replica needs.
         found: the nodes that are up.
-        limit: what an autoscaler may bring all nodes together to; then only that sum is held.
+        limit: what an autoscaler may bring all nodes together to; then only that sum of CPUs and
+            GPUs is held. Memory, a kind of GPU and a node's size are not known before it is there:
+            Ray waits for what the autoscaler cannot start.
 
     Raises:
         ConfigError: GPUs, their kind or memory are too few, or there are no CPUs at all.
