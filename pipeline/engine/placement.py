@@ -67,7 +67,7 @@ def check(config: RunConfig, found: Sequence[Node]) -> None:
     check_training(config.engine, total if limit is None else limit)
     _check_search(config.dedup.search.gpus, found, limit)
     if limit is None:
-        _check_workers_placed(config.engine, found)
+        check_workers_placed(config.engine, found)
     wanted = {name: getattr(config, name).resources for name in ("download", *_MODELS)}
     share_out(wanted, found, limit)
     share_out({"evaluate": config.evaluate.resources}, found, limit)
@@ -101,7 +101,7 @@ def _check_search(gpus: float, found: Sequence[Node], limit: Node | None) -> Non
         )
 
 
-def _check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:
+def check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:
     """Raises ConfigError where a training worker is larger than what is left of any node."""
     worker = Resources(
         cpus=config.train_cpus, gpus=config.train_gpus, min_replicas=config.train_workers
