@@ -11,7 +11,7 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -72,37 +72,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program with ``arguments`` (None: those of the process). Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    where: dict[str, str] = {}
     try:
-        return _run(given)
+        return _run(given, where)
     except UserError as error:
-        return _fail(str(error), 2, debug)
+        return _fail(str(error), 2, debug, where)
     except CapfiltError as error:
-        return _fail(str(error), 1, debug)
+        return _fail(str(error), 1, debug, where)
     except KeyboardInterrupt as error:
         from pipeline.lease import Terminated
 
         code = 143 if isinstance(error, Terminated) else 130
-        return _fail("interrupted; run the same command again to go on from here", code, debug)
+        return _fail(
+            "interrupted; run the same command again to go on from here", code, debug, where
+        )
     except BrokenPipeError:
         # The reader, `head` for one, has seen enough; nothing may be written at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001 - the outermost handler
         hint = "" if debug else "; run again with --debug for the traceback"
-        return _fail(f"{type(error).__name__}: {error}{hint}", 1, debug)
+        return _fail(f"{type(error).__name__}: {error}{hint}", 1, debug, where)
 
 
-def _fail(line: str, code: int, debug: bool) -> int:
+def _fail(line: str, code: int, debug: bool, where: Mapping[str, str]) -> int:
+    """Tell the error that ends the program; a JSON line also says ``where``: in which run."""
     from pipeline.terminal import clean, json_line, json_wanted
 
     if debug:
         traceback.print_exc()
-    told = json_line(line, "error") if json_wanted() else f"capfilt: {clean(line)}"
+    told = json_line(line, "error", **where) if json_wanted() else f"capfilt: {clean(line)}"
     print(told, file=sys.stderr)
     return code
 
 
-def _run(given: Sequence[str]) -> int:
+def _run(given: Sequence[str], where: dict[str, str]) -> int:
     options, rest = _parser().parse_known_args(given)
     configured = options.command in ("run", "schedule")
     overrides = [word for word in rest if configured and not word.startswith("-")]
@@ -111,6 +115,7 @@ def _run(given: Sequence[str]) -> int:
         raise UserError(f"unknown argument {unknown[0]!r}; see `capfilt {options.command} --help`")
     # argparse hands over the words before an option only; those behind it are overrides as well.
     options.overrides = [*getattr(options, "overrides", ()), *overrides]
+    options.where = where
     handler: Callable[[argparse.Namespace], int] = options.handler
     return handler(options)
 
@@ -217,6 +222,7 @@ def _do_run(options: argparse.Namespace) -> int:
     if options.rounds is not None:
         overrides.append(f"rounds.count={options.rounds}")
     config = load(options.config, overrides)
+    options.where["run"] = config.run
 
     from pipeline import rounds
     from pipeline.progress import Screen
@@ -244,6 +250,7 @@ def _do_schedule(options: argparse.Namespace) -> int:
     from pipeline.config import load
 
     config = load(options.config, options.overrides)
+    options.where["run"] = config.run
 
     from pipeline.progress import Screen
     from pipeline.schedule import fire
@@ -252,7 +259,7 @@ def _do_schedule(options: argparse.Namespace) -> int:
         with Screen(run=config.run) as screen:
             went_round = fire(config, screen)
     except LeaseHeldError as error:
-        return _fail(f"skipped: {error}", _SKIPPED, "debug" in options)
+        return _fail(f"skipped: {error}", _SKIPPED, "debug" in options, options.where)
     if went_round:
         _print_figures(config.run)
     return 0
@@ -272,6 +279,7 @@ def _do_repeat(options: argparse.Namespace) -> int:
 def _open(options: argparse.Namespace) -> Store:
     from pipeline.runfolder import open_run
 
+    options.where["run"] = options.run
     return open_run(options.run)
 
 

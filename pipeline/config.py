@@ -67,7 +67,9 @@ class EngineConfig(Config):
     """Shared memory of a local Ray, GiB."""
     grows_to: dict[Annotated[str, StringConstraints(pattern="^(CPU|GPU)$")], float] | None = None
     """What an autoscaler may bring the cluster to, all nodes together, as ``{CPU: 96, GPU: 8}``.
-    Then stages are held against that; without it, against the nodes that are up."""
+    Then the sum of all CPUs and GPUs is held against that, but neither memory, nor kinds of GPU,
+    nor what fits on one node, which nobody tells us; without it, all is held against the nodes
+    that are up."""
     train_workers: int = Field(1, ge=1)
     train_cpus: float = Field(1.0, gt=0)
     """CPUs of one training worker."""
@@ -121,6 +123,30 @@ class RunConfig(Config):
     def _languages_are_known(self) -> RunConfig:
         if self.select.texts.languages and not self.ingest.language:
             raise ValueError("select.texts.languages: needs ingest.language, which is false")
+        return self
+
+    @model_validator(mode="after")
+    def _gpus_are_asked_for(self) -> RunConfig:
+        for name in ("caption", "filter", "embed"):
+            stage = getattr(self, name)
+            if stage.device == "cuda" and not stage.resources.gpus:
+                raise ValueError(
+                    f"{name}.device: 'cuda' needs {name}.resources.gpus, which is 0: Ray hides all "
+                    "GPUs then; give a share of one, e.g. 0.5, or device auto"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _batches_are_shared_out(self) -> RunConfig:
+        trained = {
+            "pretrain": self.pretrain,
+            "finetune.captioner": self.finetune.captioner,
+            "finetune.filter": self.finetune.filter,
+        }
+        for name, training in trained.items():
+            uneven = training.uneven(self.engine.train_workers)
+            if uneven is not None:
+                raise ValueError(f"{name}.{uneven}")
         return self
 
     @property

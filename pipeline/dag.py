@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from pipeline.config import RunConfig
 from pipeline.records import fingerprint, record_name
-from stages.base import Config, DatasetStage, ShardStage
+from stages.base import Config, DatasetStage, Resources, ShardStage
 from stages.caption import CaptionStage
 from stages.download import DownloadStage
 from stages.embed import EmbedStage
@@ -104,6 +104,9 @@ class Published:
     """The stage reads one after the other: only one need lie on its machine."""
 
 
+_ONE_CPU = Resources()
+
+
 @dataclass(frozen=True)
 class DatasetTask:
     """One whole-round stage and where its inputs are found."""
@@ -115,6 +118,8 @@ class DatasetTask:
     """Where its payloads go, relative to the run folder."""
     inputs: Mapping[str, Published | str]
     """Input name → published files, or a folder: path, hub id or `made_here`."""
+    resources: Resources = _ONE_CPU
+    """Of its one worker; training has those of `EngineConfig`."""
 
     @property
     def name(self) -> str:

@@ -30,10 +30,10 @@ from pipeline.dag import (
 from pipeline.ledger import LedgerStage
 from pipeline.records import fingerprint
 from stages.assemble import AssembleStage
-from stages.base import Config, DatasetStage
+from stages.base import Config, DatasetStage, Resources
 from stages.dedup import EVALUATION, DedupStage
 from stages.errors import SourceError
-from stages.evaluate import EvaluateStage
+from stages.evaluate import EvaluateConfig, EvaluateStage
 from stages.finetune import CaptionerFinetune, FilterFinetune
 from stages.pretrain import PretrainStage
 from stages.probes import ANNOTATIONS
@@ -324,6 +324,7 @@ def dataset_task(
         fingerprint(stage.name, stage.version, config, *prints),
         f"round={round_:02d}/{folder or f'stage={stage.name}'}",
         inputs,
+        config.resources if isinstance(config, EvaluateConfig) else Resources(),
     )
 
 

@@ -45,6 +45,8 @@ class Notices:
     """(stage, shard) → (class name, message) of what it raised."""
     progress: dict[str, tuple[str, int, int]] = field(default_factory=dict)
     """Whole-round stage → (message, done, total)."""
+    ended: list[tuple[str, str, dict[str, int]]] = field(default_factory=list)
+    """(stage, shard, rows by status) of what has ended well since this was last taken."""
 
 
 @dataclass
@@ -159,6 +161,10 @@ class Screen:
                 _take(stage, notices, now)
             for (name, shard), (kind, message) in list(notices.errors.items()):
                 self._tell(name, shard, f"{kind}: {message}")
+            if self._json:
+                for name, shard, counts in notices.ended:
+                    line = f"  {clean(name)} shard {clean(shard)}: rows {breakdown(counts)}"
+                    self._print(line, name, shard)
             if self._live is None:
                 self._speak(now)
 

@@ -24,7 +24,7 @@ from pipeline.course import Course, candidates, read_decision, shards_of_plan, w
 from pipeline.dag import BEFORE_COPIES, DatasetTask, print_of
 from pipeline.engine import placement
 from pipeline.engine.board import watched
-from pipeline.engine.cluster import connected
+from pipeline.engine.cluster import connected, look
 from pipeline.engine.data import run_shards
 from pipeline.engine.dataset import run_dataset
 from pipeline.engine.shard import payload
@@ -57,6 +57,8 @@ def run(
             holds the run.
         RunError: the run cannot go on; what is published stays.
     """
+    if not dry_run:
+        check_places(config)
     store = Store(config.run)
     numbers = range(config.first_round, config.rounds.count + 1)
     begun = all(store.exists(f"round={number:02d}/plan.json") for number in numbers)
@@ -74,6 +76,22 @@ def run(
                 f"{rows} failed rows are tried again in the next round{more if begun else ''}"
             )
         go_round(filled, store, screen, world)
+
+
+def check_places(config: RunConfig) -> None:
+    """Refuse a run folder that cannot be reached, and a cluster that is not there or too small,
+    before models are fetched and opened and before the lease is waited for. A local Ray is looked
+    at when it has started.
+
+    Raises:
+        StoreError: the run folder cannot be read.
+        ConfigError: as `look` and `placement.check`.
+    """
+    # A listing: to that a store says why it refuses, as it does not where one file is looked for.
+    Store(config.run).files("leases")
+    found = look(config.engine)
+    if found is not None:
+        placement.check(config, found)
 
 
 @contextmanager
@@ -163,7 +181,7 @@ class _Loop:
     def go(self, board: Any) -> None:
         """All rounds, each resumed or skipped as its records say."""
         self._board = board
-        placement.check(self._config)
+        placement.check(self._config, placement.nodes())
         course = Course(self._config, self._store, self._world)
         first = self._config.first_round
         if first == 1:
@@ -259,7 +277,7 @@ class _Loop:
     def _dataset(self, task: DatasetTask) -> None:
         done = self._store.exists(task.record)
         self._screen.begin(task.name, total=1, done=int(done))
-        run_dataset(self._store, task, self._board)
+        run_dataset(self._store, task, self._board, self._config.engine.grows_to)
         self._screen.end(task.name)
 
     def _train(self, plan: RoundPlan) -> None:

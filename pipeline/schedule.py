@@ -11,7 +11,7 @@ from __future__ import annotations
 from pipeline import preflight
 from pipeline.config import RunConfig
 from pipeline.progress import Screen
-from pipeline.rounds import go_round, opened
+from pipeline.rounds import check_places, go_round, opened
 from pipeline.runfolder import read_rounds
 from pipeline.sources import Shards, ingest
 from pipeline.store import Store
@@ -24,6 +24,7 @@ def fire(config: RunConfig, screen: Screen) -> bool:
         LeaseHeldError: another driver is at work.
         UserError, RunError: as `pipeline.rounds.run`; the models that are promoted stay so.
     """
+    check_places(config)
     preflight.check(config)
     with opened(config, screen) as (filled, store, world):
         number = due(filled, store, ingest(filled, store), screen)

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.base import Config, Context, DatasetStage, operational
+from stages.base import Config, Context, DatasetStage, Resources, operational
 from stages.caption_metrics import bleu, cider
 from stages.errors import SourceError
 from stages.models.config import GenerationConfig
@@ -62,6 +62,8 @@ class EvaluateConfig(Config):
     """Images at once."""
     threads: int | None = operational(None, ge=1)
     """Threads of torch; None leaves them as they are."""
+    resources: Resources = operational(Resources())
+    """Of the one worker that measures all models in turn; replicas do not count."""
 
 
 class Measured(NamedTuple):

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -35,6 +36,7 @@ class Board:
         self._notices.running.pop((stage, shard), None)
         self._notices.errors.pop((stage, shard), None)
         self._notices.done[stage] = self._notices.done.get(stage, 0) + 1
+        self._notices.ended.append((stage, shard, counts))
         known = self._notices.counts.setdefault(stage, {})
         for status, count in counts.items():
             known[status] = known.get(status, 0) + count
@@ -66,6 +68,12 @@ class Board:
     def read(self) -> Notices:
         return self._notices
 
+    def take(self) -> Notices:
+        """`read`, after which what has ended is told, so that it does not pile up."""
+        taken = replace(self._notices)
+        self._notices.ended = []
+        return taken
+
 
 @contextmanager
 def watched(board: Any, show: Callable[[Notices], None], seconds: float = 0.5) -> Iterator[None]:
@@ -74,7 +82,7 @@ def watched(board: Any, show: Callable[[Notices], None], seconds: float = 0.5) -
 
     def poll() -> None:
         while not stop.wait(seconds):
-            show(ray.get(board.read.remote()))
+            show(ray.get(board.take.remote()))
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()
@@ -83,4 +91,4 @@ def watched(board: Any, show: Callable[[Notices], None], seconds: float = 0.5) -
     finally:
         stop.set()
         thread.join()
-        show(ray.get(board.read.remote()))
+        show(ray.get(board.take.remote()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -20,14 +21,15 @@ from ray.util.annotations import RayDeprecationWarning
 
 from pipeline.config import EngineConfig
 from pipeline.engine.board import Board
+from pipeline.engine.placement import Node
 from stages.errors import ConfigError, RunError
 
 _GIB = 1 << 30
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 18.0
 """Together below half a minute. Ray itself tries for two minutes, and cannot be interrupted."""
-_IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Set by Ray's job server, whose cluster is there."""
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray's job server: what the driver of a job takes over."""
 
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -44,11 +46,12 @@ _ENVIRONMENT = {
 def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
     """Inside, Ray is there; yields the `Board` of this driver.
 
-    A local Ray is started where no address is given, and stopped at the end.
+    A local Ray is started where no address is given, and stopped at the end. `look` first: it
+    knows within half a minute whether this can be.
 
     Raises:
         ConfigError: there is no such cluster, it is of another version or wants a token, or its
-            workers cannot have the runtime environment of this driver.
+            workers cannot have the runtime environment of this driver; or a local Ray is to grow.
         RunError: a local Ray cannot be started.
     """
     _quieten(log_file)
@@ -94,11 +97,11 @@ def _stderr_to(file: Path) -> Iterator[None]:
 
 
 def _init(config: EngineConfig) -> None:
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = _address(config)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         if address:
-            _check_reachable(address)
+            _check_listens(address)
             ray.init(address=address, **common)
             return
         ray.init(
@@ -114,12 +117,70 @@ def _init(config: EngineConfig) -> None:
         raise RunError(f"cannot start a local Ray: {_line(error)}") from error
 
 
-def _check_reachable(address: str) -> None:
-    """Refuse at once what ``ray.init`` would wait minutes for.
+def look(config: EngineConfig) -> list[Node] | None:
+    """The nodes of the cluster that `connected` would join, or None where it would start a local
+    Ray; refuses within half a minute what ``ray.init`` would wait minutes for.
 
     Raises:
-        ConfigError: nothing listens there, or it is no Ray that answers this one.
+        ConfigError: there is no such cluster, it is of another version or wants a token; or a local
+            Ray is to grow.
     """
+    address = _address(config)
+    if address is None:
+        return None
+    _check_listens(address)
+    # In a process of its own, since Ray's native client waits on with no way to stop it; and as a
+    # driver of its own, not as the job that this one may be.
+    environment = {name: value for name, value in os.environ.items() if name != _JOB}
+    command = [sys.executable, "-c", _LOOK, address]
+    try:
+        done = subprocess.run(
+            command,
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_ANSWER_SECONDS,
+            env=environment,
+        )
+    except subprocess.TimeoutExpired as error:
+        seconds = f"{_ANSWER_SECONDS:g} s"
+        raise _unusable(address, f"no Ray answers there within {seconds}") from error
+    if done.returncode != 0:
+        told = [line for line in done.stderr.splitlines() if line.strip()]
+        raise _unusable(address, told[-1].strip() if told else "Ray gives no reason")
+    found: list[Node] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+_LOOK = """
+import json, logging, sys
+import ray
+from ray._raylet import GcsClient
+try:
+    if ":" in sys.argv[1]:  # "auto" is for ray.init to resolve
+        GcsClient(sys.argv[1]).internal_kv_keys(b"", b"")  # says at once that it wants a token
+    ray.init(address=sys.argv[1], log_to_driver=False, logging_level=logging.ERROR)
+    print(json.dumps([node["Resources"] for node in ray.nodes() if node["Alive"]]))
+except Exception as error:
+    sys.exit(" ".join(str(error).split())[:400] or type(error).__name__)
+"""
+
+
+def _address(config: EngineConfig) -> str | None:
+    """Of the cluster to join; None stands for a local Ray."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if address:
+        return address
+    if config.grows_to is not None:
+        raise ConfigError(
+            "engine.grows_to: a local Ray does not grow, and would wait for what it lacks; give "
+            "engine.address or RAY_ADDRESS, or engine.grows_to=null to use this machine alone"
+        )
+    return None
+
+
+def _check_listens(address: str) -> None:
+    """Raises ConfigError where nothing listens at the address, or no Ray that a driver joins."""
     if address.startswith("ray://"):
         raise _unusable(address, "Ray Client runs no pipelines; submit the run with `ray job`")
     host, colon, port = address.rpartition(":")
@@ -129,20 +190,6 @@ def _check_reachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
     except OSError as error:
         raise _unusable(address, f"nothing answers there ({error})") from error
-    if _IN_A_JOB in os.environ:
-        return
-    # In a process of its own, since Ray's native client waits on with no way to stop it.
-    command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
-    try:
-        done = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=_ANSWER_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        seconds = f"{_ANSWER_SECONDS:g} s"
-        raise _unusable(address, f"no Ray answers there within {seconds}") from error
-    if done.returncode != 0:
-        told = [line for line in done.stderr.splitlines() if line.strip()]
-        raise _unusable(address, told[-1].strip() if told else "`ray status` fails")
 
 
 def _unusable(address: str, why: str) -> ConfigError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,6 +15,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.dag import DatasetTask, Published
 from pipeline.engine import metrics
+from pipeline.engine.placement import fit
 from pipeline.engine.shard import open_model
 from pipeline.engine.spread import Spread
 from pipeline.in_turn import InTurn
@@ -25,8 +26,6 @@ from stages.errors import CapfiltError, RunError
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-_CPUS = 1.0
 
 
 class StageContext:
@@ -132,7 +131,7 @@ def publish_folder(task: DatasetTask, store: Store, output: Path, started: float
     return record if store.publish(record) else store.read_record(record.name)
 
 
-@ray.remote(num_cpus=_CPUS, max_retries=2)
+@ray.remote(max_retries=2)
 def _work(task: DatasetTask, store: Store, board: Any) -> Record:
     started = time.time()
     with tempfile.TemporaryDirectory() as output:
@@ -141,17 +140,23 @@ def _work(task: DatasetTask, store: Store, board: Any) -> Record:
         return publish_folder(task, store, Path(output), started)
 
 
-def run_dataset(store: Store, task: DatasetTask, board: Any) -> Record:
+def run_dataset(
+    store: Store, task: DatasetTask, board: Any, grows_to: Mapping[str, float] | None = None
+) -> Record:
     """Run a whole-round stage unless it is published already. Returns its record.
 
+    Args:
+        grows_to: as `EngineConfig.grows_to`.
+
     Raises:
-        CapfiltError: what the stage itself raised.
+        CapfiltError: what the stage itself raised, or there is no place for its worker.
         RunError: the worker died, or the stage has a bug.
     """
     if store.exists(task.record):
         return store.read_record(task.record)
+    share = fit({task.name: task.resources}, grows_to)[task.name]
     try:
-        record: Record = ray.get(_work.remote(task, store, board))
+        record: Record = ray.get(_work.options(**share.options()).remote(task, store, board))
     except RayError as error:
         raise translate(error, task.name) from error
     board.measured.remote(metrics.of_record(store, record))

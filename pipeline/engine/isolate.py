@@ -81,12 +81,7 @@ class _Alone:
         needs = self.stage.resources
         one = needs.model_copy(update={"min_replicas": 1})
         share = fit({self._task.name: one}, self._grows_to)[self._task.name]
-        work = _rows_alone.options(
-            num_cpus=share.cpus,
-            num_gpus=share.gpus or None,
-            memory=share.memory or None,
-            accelerator_type=share.accelerator,
-        )
+        work = _rows_alone.options(**share.options())
         try:
             piece, facts = ray.get(work.remote(self._task, self._store, self._job, start, stop))
             self.facts.append(facts)

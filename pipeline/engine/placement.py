@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import floor
+from typing import Any
 
 import ray
 
@@ -40,26 +41,36 @@ class Share:
             max_replicas=min(self.max_replicas, count),
         )
 
+    def options(self) -> dict[str, Any]:
+        """What Ray is told of a task that takes one replica's place."""
+        return {
+            "num_cpus": self.cpus,
+            "num_gpus": self.gpus or None,
+            "memory": self.memory or None,
+            "accelerator_type": self.accelerator,
+        }
+
 
 def nodes() -> list[Node]:
     """The nodes that are up."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def check(config: RunConfig) -> None:
-    """Refuse, before anything is done, what could never start.
+def check(config: RunConfig, found: Sequence[Node]) -> None:
+    """Refuse, before anything is done, what could never start on the nodes ``found``.
 
     Raises:
         ConfigError: a stage or the worker group needs more than Ray has or may grow to.
     """
-    found, limit = nodes(), config.engine.grows_to
+    limit = config.engine.grows_to
     total = {kind: sum(node.get(kind, 0.0) for node in found) for kind in ("CPU", "GPU")}
     check_training(config.engine, total if limit is None else limit)
     _check_search(config.dedup.search.gpus, found, limit)
     if limit is None:
-        _check_workers_placed(config.engine, found)
+        check_workers_placed(config.engine, found)
     wanted = {name: getattr(config, name).resources for name in ("download", *_MODELS)}
     share_out(wanted, found, limit)
+    share_out({"evaluate": config.evaluate.resources}, found, limit)
 
 
 _MODELS = ("caption", "filter", "embed")
@@ -90,7 +101,7 @@ def _check_search(gpus: float, found: Sequence[Node], limit: Node | None) -> Non
         )
 
 
-def _check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:
+def check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:
     """Raises ConfigError where a training worker is larger than what is left of any node."""
     worker = Resources(
         cpus=config.train_cpus, gpus=config.train_gpus, min_replicas=config.train_workers
@@ -120,7 +131,9 @@ def share_out(
     Args:
         wanted: stage → what one replica needs.
         found: the nodes that are up.
-        limit: what an autoscaler may bring all nodes together to; then only that sum is held.
+        limit: what an autoscaler may bring all nodes together to; then only that sum of CPUs and
+            GPUs is held. Memory, a kind of GPU and a node's size are not known before it is there:
+            Ray waits for what the autoscaler cannot start.
 
     Raises:
         ConfigError: GPUs, their kind or memory are too few, or there are no CPUs at all.

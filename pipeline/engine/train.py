@@ -30,6 +30,7 @@ from pipeline.engine.dataset import (
     publish_folder,
     translate,
 )
+from pipeline.engine.placement import check_workers_placed, nodes
 from pipeline.store import Store
 from stages import errors
 from stages.errors import CapfiltError, StoreError, TrainingError, UserError
@@ -62,6 +63,7 @@ def run_training(
 
     Raises:
         CapfiltError: what a stage itself raised.
+        ConfigError: the nodes that are up have no place for the workers.
         RunError: the workers keep dying.
     """
     todo = [task for task in tasks if not store.exists(task.record)]
@@ -87,6 +89,8 @@ def run_training(
 
 
 def _fit(todo: Sequence[DatasetTask], store: Store, config: EngineConfig, board: Any) -> None:
+    if config.grows_to is None:  # a node may have left, for whose return Ray would wait
+        check_workers_placed(config, nodes())
     with tempfile.TemporaryDirectory() as scratch:
         TorchTrainer(
             _worker,

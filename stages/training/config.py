@@ -73,6 +73,16 @@ class TrainingConfig(Config):
     cache_mb: int = operational(1024, ge=0)
     """Memory for decoded images, MB a worker."""
 
+    def uneven(self, workers: int) -> str | None:
+        """What to say where a step's pairs cannot be shared out evenly among ``workers``."""
+        parts = workers * self.accumulate
+        if self.batch_size % parts == 0:
+            return None
+        return (
+            f"batch_size: {self.batch_size} pairs cannot be shared out evenly among {workers} "
+            f"workers in {self.accumulate} batches; give a multiple of {parts}"
+        )
+
     @model_validator(mode="after")
     def _optimizer_fits(self) -> TrainingConfig:
         if self.muon_lr is not None and self.parallel == "fsdp2":

@@ -74,12 +74,9 @@ def train(
         ConfigError: the batch cannot be shared out evenly among the workers, or texts are longer
             than the model reads.
     """
-    parts = ctx.world_size * config.accumulate
-    if config.batch_size % parts:
-        raise ConfigError(
-            f"{name}.batch_size: {config.batch_size} pairs cannot be shared out evenly among "
-            f"{ctx.world_size} workers in {config.accumulate} batches; give a multiple of {parts}"
-        )
+    uneven = config.uneven(ctx.world_size)
+    if uneven is not None:
+        raise ConfigError(f"{name}.{uneven}")
     longest, positions = int(pairs.lengths.max()), losses.med.config.text.max_positions
     if longest > positions:
         raise ConfigError(

@@ -37,6 +37,14 @@ class Rates:
     train: float = 150.0
     """Images a second of pretraining (ViT-L, 224 px, momentum encoders)."""
     epochs: float = 20.0
+    itm: float = 2_000.0
+    """Image-text pairs a second that evaluation re-ranks (ViT-L, 384 px, float32)."""
+    beam: float = 10.0
+    """Images a second that evaluation captions with 3 beams (ViT-L, 384 px, float32)."""
+    probes: float = 5_000.0
+    """Images of each of the two probe sets, with five texts each."""
+    k_test: float = 256.0
+    """Pairs that are re-ranked of each image and each text."""
     shard_size: float = 10_000.0
     samples_per_tar: float = 1_000.0
     """Of the training tars."""
@@ -50,6 +58,9 @@ def plan(pairs: float, rates: Rates) -> dict[str, float]:
     label = images * (1 / rates.caption + 1 / rates.filter + 1 / rates.embed) / _HOUR
     # Round 0 trains on all images, round 1 on those that are kept.
     train = images * (1 + rates.kept) * rates.epochs / rates.train / _HOUR
+    # MED and filter rank, the captioner writes, for rounds 0 and 1 on both probe sets.
+    rank = 2 * 6 * rates.probes * rates.k_test / rates.itm
+    evaluate = 2 * 2 * (rank + rates.probes / rates.beam) / _HOUR
     stored = images * (rates.image_bytes * (2 + rates.kept) + rates.row_bytes)
     # A shard: 6 payloads, 5 records, 3 plans with batch sizes.
     objects = shards * 14 + images * (1 + rates.kept) / rates.samples_per_tar
@@ -58,6 +69,7 @@ def plan(pairs: float, rates: Rates) -> dict[str, float]:
         "download, core-hours": images / rates.download / _HOUR,
         "labelling, GPU-hours": label,
         "pretraining, GPU-hours": train,
+        "evaluation, hours on one GPU": evaluate,
         "labelling, days on the GPUs": label / rates.gpus / 24,
         "pretraining, days on the GPUs": train / rates.gpus / 24,
         "from the web, TB": images * rates.download_bytes / 1e12,

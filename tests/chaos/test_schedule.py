@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.lease import current
@@ -84,3 +85,20 @@ def test_firings(tmp_path: Path) -> None:
     assert "round 1: nothing to do" in capfilt("run", run, "--dry-run")
     assert "round 2: to do: " in capfilt("run", run, "--dry-run", "--rounds", "2")
     assert set(store.files()) == files
+
+    # A second file arrives, and the next firing goes to the next round with its rows.
+    more = tmp_path / "more.parquet"
+    pq.write_table(pq.read_table(run / "world/web.parquet").slice(0, 24), more)
+    downloads = set(run.glob("records/run/stage=download/*.json"))
+    said = capfilt(
+        "schedule", run, f'sources=[{{path: "{{world}}/web.parquet"}}, {{path: {more}}}]'
+    )
+    assert "24 new rows" in said and "round 2: bootstrapping" in said
+    *_, earlier, last = read_rounds(open_run(str(run)))
+    new = last.shards.keys() - earlier.shards.keys()
+    assert last.number == 2 and earlier.shards.items() <= last.shards.items()
+    fetched = set(run.glob("records/run/stage=download/*.json")) - downloads
+    assert {path.name.partition("-")[0] for path in fetched} == new
+    (source,) = store.read_records(last.shards[shard][1] for shard in new)
+    assert source.counts == {"rows": 24}
+    assert verify(store).problems == []

@@ -13,18 +13,21 @@ import pytest
 import ray
 
 from pipeline.config import EngineConfig
-from pipeline.engine import cluster
-from pipeline.engine.cluster import connected
-from pipeline.store import Store
-from stages.errors import ConfigError, StoreError
+from pipeline.engine.cluster import connected, look
+from stages.errors import ConfigError
 from tests.s3 import use_endpoint
 
 ROOT = Path(__file__).parents[2]
 
 
-def join(address: str | None, tmp_path: Path) -> None:
-    with connected(EngineConfig(address=address, cpus=1), tmp_path / "ray.log"):
-        pass
+@pytest.fixture
+def address():
+    """Of a cluster of one CPU. It ends with this process, so that others join it."""
+    context = ray.init(address="local", num_cpus=1, num_gpus=0, include_dashboard=False)
+    try:
+        yield context.address_info["gcs_address"]
+    finally:
+        ray.shutdown()
 
 
 @contextmanager
@@ -34,51 +37,74 @@ def listener():
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def test_no_cluster_at_the_address(tmp_path):
-    with listener() as address:
-        pass  # closed again
-    command = [sys.executable, "-m", "pipeline", "run", "configs/tiny.yaml", f"run={tmp_path}/run"]
+def refused(tmp_path: Path, *overrides: str, command: str = "run", seconds: float = 30.0) -> str:
+    """The one line with which the command line refuses, within half a minute, before any work."""
+    given = [command, "configs/tiny.yaml", f"run={tmp_path}/run", "world.web_rows=80", *overrides]
     done = subprocess.run(
-        [*command, f"engine.address={address}", "world.web_rows=80"],
+        [sys.executable, "-m", "pipeline", *given],
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
+        timeout=seconds,
     )
-    assert done.returncode == 2
-    assert f"engine.address: cannot use the Ray cluster at {address}: nothing answers" in (
-        done.stderr
-    )
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
     assert not list((tmp_path / "run/records").rglob("*.json"))
+    return line
 
 
-def test_something_else_listens_at_the_address(tmp_path):
+@pytest.mark.parametrize("command", ["run", "schedule"])
+def test_no_cluster_at_the_address(tmp_path, command):
+    with listener() as address:
+        pass  # closed again
+    # Nothing that takes long is done before: a model that is not there is not looked for.
+    overrides = (f"engine.address={address}", "embed.model=no/such-model")
+    line = refused(tmp_path, *overrides, command=command)
+    assert f"engine.address: cannot use the Ray cluster at {address}: nothing answers" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_gpu_in_the_cluster(tmp_path, address):
+    wanted = (f"engine.address={address}", "embed.model=no/such-model", "caption.resources.gpus=1")
+    line = refused(tmp_path, *wanted)
+    assert "caption.resources: no place for caption 1 x 1 GPU at once, Ray has 0 GPUs" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_gpu_on_this_machine(tmp_path):
+    # A Ray starts first, which takes long where other tests run beside this one.
+    line = refused(tmp_path, "evaluate.resources.gpus=64", "engine.cpus=1", seconds=60.0)
+    assert "evaluate.resources: no place for evaluate 1 x 64 GPU at once" in line
+
+
+def test_a_local_ray_does_not_grow(tmp_path):
+    line = refused(tmp_path, "engine.grows_to={CPU: 8, GPU: 8}", command="schedule")
+    assert "engine.grows_to: a local Ray does not grow" in line and "engine.grows_to=null" in line
+
+
+def test_something_else_listens_at_the_address():
     with listener() as address, pytest.raises(ConfigError, match="no Ray answers there within"):
-        join(address, tmp_path)
+        look(EngineConfig(address=address))
 
 
-def test_addresses_that_no_driver_can_join(tmp_path, monkeypatch):
+def test_addresses_that_no_driver_can_join(monkeypatch):
     with pytest.raises(ConfigError, match="submit the run with `ray job`"):
-        join("ray://127.0.0.1:10001", tmp_path)
+        look(EngineConfig(address="ray://127.0.0.1:10001"))
 
     def nowhere(*_):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "create_connection", nowhere)
     with pytest.raises(ConfigError, match=r"nothing answers there .*not known"):
-        join("head.test:6379", tmp_path)
+        look(EngineConfig(address="head.test:6379"))
 
 
 @pytest.mark.parametrize("which", ["ray", "python"])
-def test_another_version_than_the_clusters(tmp_path, monkeypatch, which):
+def test_another_version_than_the_clusters(tmp_path, address, which):
     """Ray compares what its head has noted with what the driver says; here the driver lies."""
-    monkeypatch.setattr(cluster, "_check_reachable", lambda address: None)
     mine = ray._private.utils.compute_version_info()
     lie = ("2.41.0", mine[1]) if which == "ray" else (mine[0], "3.12.1")
-    context = ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
-    address = context.address_info["gcs_address"]
-    # The head ends with its driver, so a second process joins it.
     code = (
         "import sys; from pathlib import Path; import ray._private.utils as utils;"
         f"utils.compute_version_info = lambda: {lie!r};"
@@ -86,12 +112,9 @@ def test_another_version_than_the_clusters(tmp_path, monkeypatch, which):
         f"sys.exit(main(['run', 'configs/tiny.yaml', 'run={tmp_path}/run', 'world.web_rows=80',"
         f"'engine.address={address}']))"
     )
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-        )
-    finally:
-        ray.shutdown()
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2, done.stderr
     line = next(line for line in done.stderr.splitlines() if line.startswith("capfilt:"))
     assert "Version mismatch" in line
@@ -102,8 +125,9 @@ def test_another_version_than_the_clusters(tmp_path, monkeypatch, which):
 def test_a_runtime_environment_that_cannot_be_built(tmp_path, monkeypatch):
     missing = {"runtime_env": {"working_dir": f"file://{tmp_path}/missing.zip"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(missing))
-    with pytest.raises(ConfigError, match=r"runtime_env: Ray cannot start a worker"):
-        join(None, tmp_path)
+    local = connected(EngineConfig(cpus=1), tmp_path / "ray.log")
+    with pytest.raises(ConfigError, match=r"runtime_env: Ray cannot start a worker"), local:
+        pass
     assert not ray.is_initialized()
 
 
@@ -125,13 +149,13 @@ class _Expired(BaseHTTPRequestHandler):
         pass
 
 
-def test_expired_credentials(monkeypatch):
+def test_expired_credentials(tmp_path, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Expired)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         use_endpoint(monkeypatch, f"http://127.0.0.1:{server.server_port}")
-        with pytest.raises(StoreError, match=r"run folder 's3://bucket/run': .*expired") as told:
-            Store("s3://bucket/run").ensure()
+        line = refused(tmp_path, "run=s3://bucket/run")
     finally:
         server.shutdown()
-    assert "\n" not in str(told.value)
+    assert "run folder 's3://bucket/run': cannot list leases: " in line
+    assert "The token has expired" in line

@@ -2,9 +2,12 @@
 
 import os
 import time
+from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
+import ray
 
 from pipeline.config import EngineConfig
 from pipeline.dag import ShardTask, plan_shards
@@ -17,6 +20,7 @@ from stages.base import Config, Resources, ShardStage
 from stages.errors import CheckpointError, RunError
 from stages.schemas import CAPTIONS, DOWNLOAD, EMBEDDINGS, IMAGES, SOURCES
 
+_PATIENCE = 30.0
 PNG = b"\x89PNG not decoded here"
 
 
@@ -118,12 +122,50 @@ class NoWeights(FakeCaption):
         raise CheckpointError("weights/: not a BLIP captioner")
 
 
+class Meeting(FakeDownload):
+    """Small enough for four actors at once, and at work until three have begun to start."""
+
+    @property
+    def resources(self) -> Resources:
+        return Resources(cpus=0.1, max_replicas=4)
+
+    def process(self, table: pa.Table) -> pa.Table:
+        wait_for_three(Path(self.config.marks))
+        return super().process(table)
+
+
+def wait_for_three(marks: Path) -> None:
+    """Until three actors have begun to start; leaves a mark where they do not."""
+    end = time.monotonic() + _PATIENCE
+    while len(list(marks.glob("start-*"))) < 3 and not (marks / "alone").exists():
+        if time.monotonic() > end:
+            (marks / "alone").touch()
+        time.sleep(0.05)
+
+
 class FakeTask(ShardTask):
     """A task that builds stand-ins: the engine asks nothing but `build` and `fingerprint`."""
 
     def build(self, model: str | None) -> ShardStage:
         stages = {"download": FakeDownload, "caption": FakeCaption, "embed": FakeEmbed}
         return (NoWeights if self.weights == "none" else stages[self.name])(self.config)
+
+
+class MeetingTask(FakeTask):
+    """Where an actor starts, and is not the first, it waits until another one starts beside it.
+    ``weights`` is the driver's process."""
+
+    def build(self, model: str | None) -> ShardStage:
+        return Meeting(self.config)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if os.getpid() == int(self.weights):
+            return
+        marks = Path(self.config.marks)
+        (marks / f"start-{os.getpid()}").touch()
+        if len(list(marks.glob("start-*"))) > 1:
+            wait_for_three(marks)
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +224,12 @@ def test_more_operators_than_cpus_do_not_hang(tmp_path, board):
     store = Store(str(tmp_path))
     shards = make_shards(store, [[f"s{n}-{i}" for i in range(3)] for n in range(4)])
     tasks = [FakeTask(name, 1, Fake(cpus=1)) for name in ("download", "caption", "embed")]
+    ray.get(board.take.remote())  # what other tests have told
     records = run(store, shards, board, tasks)
     published = store.record_names()
+    told = [(stage, shard) for stage, shard, _ in ray.get(board.take.remote()).ended]
+    assert sorted(told) == sorted((task.name, shard) for task in tasks for shard in shards)
+    assert ray.get(board.take.remote()).ended == []
     assert all(name in published for shard in records.values() for name in shard.values())
     assert load(records["000003"]["download"], store)["image"].to_pylist() == [PNG] * 3
 
@@ -224,6 +270,16 @@ def test_only_what_has_no_record_is_done_again(tmp_path, board):
     run(store, shards, board, tasks)
     again = sorted(mark.name.partition("-")[0] for mark in marks.iterdir())
     assert again == ["a", "b", "b", "c"]
+
+
+def test_actors_start_beside_each_other(tmp_path, board):
+    store, marks = Store(str(tmp_path / "run")), tmp_path / "marks"
+    marks.mkdir()
+    shards = make_shards(store, [[f"s{n}"] for n in range(24)])
+    told = Fake(marks=str(marks))
+    run(store, shards, board, [MeetingTask("download", 1, told, weights=str(os.getpid()))])
+    assert len(list(marks.glob("start-*"))) >= 3
+    assert not (marks / "alone").exists()
 
 
 def test_an_error_of_the_user_stops_the_run_as_itself(tmp_path, board):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +11,15 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from pipeline.engine.board import Board
+from pipeline.engine.dataset import run_dataset
 from pipeline.engine.spread import SharedFile, Spread, machines
+from pipeline.plan import dataset_task
 from pipeline.store import Store
-from stages.base import LocalContext
+from stages.base import Context, LocalContext, Resources
 from stages.dedup import SearchConfig, search
 from stages.dedup.images import Vectors
+from stages.evaluate import EvaluateConfig, EvaluateStage
 
 _PATIENCE = 120.0
 
@@ -65,6 +69,24 @@ def test_work_gets_the_share_of_a_gpu_that_it_asks_for(tmp_path: Path, two_nodes
 
     assert spread.map(lent, [0, 1]) == [[], []]
     assert spread.map(lent, [0, 1], gpus=0.5) == [["0"], ["0"]]
+
+
+class Lent(EvaluateStage):
+    """Writes down which GPUs it was given, instead of measuring."""
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        (output_dir / "gpus").write_text(" ".join(map(str, ray.get_gpu_ids())))
+
+
+@pytest.mark.parametrize(("gpus", "lent"), [(0.0, b""), (0.5, b"0")])
+def test_an_evaluation_gets_the_gpu_that_its_config_asks_for(
+    tmp_path: Path, two_nodes: None, gpus: float, lent: bytes
+) -> None:
+    config = EvaluateConfig(resources=Resources(gpus=gpus))
+    task = dataset_task(Lent(config), config, 1, {})
+    store, board = Store(str(tmp_path / "run")), Board.remote()  # type: ignore[attr-defined]
+    (written,) = run_dataset(store, task, board).payloads
+    assert store.read_bytes(written.path) == lent
 
 
 def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -> None:

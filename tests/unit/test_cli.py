@@ -246,6 +246,22 @@ def test_errors_are_json_lines_where_the_log_is(tmp_path: Path) -> None:
     )
     said = json.loads(done.stderr)
     assert done.returncode == 2 and said["level"] == "error" and "no run here" in said["message"]
+    assert said["run"] == str(tmp_path / "none")
+
+
+@pytest.mark.parametrize("command", ["run", "schedule"])
+def test_the_error_that_ends_a_run_names_it(
+    tmp_path: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CAPFILT_LOG_FORMAT", "json")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    config = [str(ROOT / "configs/tiny.yaml"), f"run={tmp_path}", "engine.grows_to={CPU: 8}"]
+    assert main([command, *config]) == 2
+    said = json.loads(capsys.readouterr().err)
+    assert said["run"] == str(tmp_path) and "engine.grows_to" in said["message"]
 
 
 def test_web_text_in_an_error_cannot_touch_the_terminal(tmp_path: Path) -> None:

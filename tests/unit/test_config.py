@@ -106,12 +106,32 @@ def test_languages_can_only_be_chosen_where_they_are_identified(file: Path) -> N
     assert "select.texts.languages: needs ingest.language" in said
 
 
-@pytest.mark.parametrize("place", [{"device": "cuda"}, {"resources": {"gpus": 0.5}}])
+@pytest.mark.parametrize(
+    "place", [{"device": "cuda", "resources": {"gpus": 1}}, {"resources": {"gpus": 0.5}}]
+)
 def test_int8_on_a_gpu_is_refused_before_anything_runs(file: Path, place: dict[str, Any]) -> None:
     overrides = [f"caption.{name}={json.dumps(value)}" for name, value in place.items()]
     assert load(str(file), overrides).caption.precision == "float32"
     said = problem(file, *overrides, "caption.precision=int8")
     assert "caption: " in said and "precision: 'int8' runs on a CPU" in said
+
+
+@pytest.mark.parametrize("stage", ["caption", "filter", "embed"])
+def test_a_gpu_that_is_not_asked_for_is_not_there(file: Path, stage: str) -> None:
+    told = problem(file, f"{stage}.device=cuda")
+    assert f"{stage}.device: 'cuda' needs {stage}.resources.gpus" in told
+    load(str(file), [f"{stage}.device=cuda", f"{stage}.resources.gpus=0.5"])
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune.captioner", "finetune.filter"])
+def test_a_batch_that_workers_cannot_share_is_refused_before_any_work(
+    file: Path, stage: str
+) -> None:
+    given = ["engine.train_workers=4", f"{stage}.batch_size=36", f"{stage}.accumulate=2"]
+    told = problem(file, *given)
+    assert f"{stage}.batch_size: 36 pairs cannot be shared out evenly among 4 workers" in told
+    assert "in 2 batches; give a multiple of 8" in told
+    load(str(file), [*given, f"{stage}.accumulate=3"])
 
 
 def test_a_misspelt_section_is_named_rather_than_called_missing(file: Path) -> None:

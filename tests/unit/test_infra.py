@@ -17,6 +17,10 @@ from yamllint import linter
 from yamllint.config import YamlLintConfig
 
 from pipeline.cli import _parser
+from pipeline.config import load
+from pipeline.engine.cluster import look
+from pipeline.engine.placement import check
+from stages.errors import ConfigError
 from tests.bench.plan import Rates, assumed, plan, table
 from tests.crd_fields import problems
 
@@ -50,14 +54,17 @@ def pods() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def command(line: str) -> None:
-    """``python -m pipeline …`` as the real command line reads it; its config is there."""
+def command(line: str) -> list[str]:
+    """``python -m pipeline …`` as the real command line reads it; its config is there. Returns its
+    overrides."""
     words = shlex.split(line)
     assert Path(words[0]).name == "python" and words[1:3] == ["-m", "pipeline"], line
     options, rest = _parser().parse_known_args(words[3:])
     assert options.command in ("run", "schedule") and not rest
     assert options.config == "configs/cluster.yaml"
     assert (ROOT / options.config).is_file()
+    overrides: list[str] = options.overrides
+    return overrides
 
 
 @pytest.mark.parametrize("path", sorted(INFRA.rglob("*.yaml")), ids=lambda path: path.name)
@@ -166,13 +173,14 @@ def test_the_cloud_cluster_is_what_rays_launcher_accepts() -> None:
         validate_config(whole | {"idle_minutes": 1})
 
 
-def test_timers_fire_the_tested_command() -> None:
+def test_timers_fire_the_tested_command_on_one_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
     unit = configparser.ConfigParser(interpolation=None, strict=False)
     unit.optionxform = str  # type: ignore[assignment,method-assign]
-    unit.read(INFRA / "systemd/capfilt.service")
+    unit.read_string((INFRA / "systemd/capfilt.service").read_text().replace("\\\n", " "))
     service = unit["Service"]
     assert service["User"] != "root" and service["SuccessExitStatus"] == "75"
-    command(service["ExecStart"])
+    overrides = command(service["ExecStart"])
     timer = configparser.ConfigParser(interpolation=None)
     timer.read(INFRA / "systemd/capfilt.timer")
     assert timer["Timer"]["Persistent"] == "true" and timer["Install"]["WantedBy"]
@@ -180,7 +188,15 @@ def test_timers_fire_the_tested_command() -> None:
     (line,) = [x for x in lines if x[:1] not in ("#", "") and not re.match(r"\w+=", x)]
     *when, user, rest = line.split(maxsplit=6)
     assert len(when) == 5 and user == "capfilt" and "%" not in rest
-    command(rest.partition("&& ")[2].partition(" >>")[0])
+    (given,) = re.findall(r"^ONE_MACHINE=(.*)$", "\n".join(lines), re.MULTILINE)
+    fired = rest.partition("&& ")[2].partition(" >>")[0].replace("$ONE_MACHINE", given)
+    assert command(fired) == overrides
+    # No address is given, so that a Ray of one machine starts, which has to be enough.
+    config = load(str(ROOT / "configs/cluster.yaml"), overrides)
+    assert look(config.engine) is None
+    check(config, [{"CPU": 8.0, "GPU": 1.0, "memory": 52.0 * (1 << 30)}])
+    with pytest.raises(ConfigError, match="a local Ray does not grow"):
+        look(load(str(ROOT / "configs/cluster.yaml")).engine)
 
 
 def dockerfile() -> list[tuple[str, str]]:
@@ -242,8 +258,16 @@ def test_the_plan_in_the_readme_is_the_one_computed() -> None:
 
 def test_the_plan_grows_with_its_size_and_shrinks_with_speed() -> None:
     small, large = plan(1e6, Rates()), plan(1e7, Rates())
-    for name in small.keys() - {"read for labelling, MB/s", "writes a second while labelling"}:
-        assert large[name] == pytest.approx(10 * small[name]), name
+    same = {
+        "read for labelling, MB/s",
+        "writes a second while labelling",
+        "evaluation, hours on one GPU",
+    }
+    for name in small:
+        factor = 1 if name in same else 10
+        assert large[name] == pytest.approx(factor * small[name]), name
     simple = Rates(alive=1, caption=2, filter=4, embed=4, gpus=2)
     assert plan(7200, simple)["labelling, GPU-hours"] == pytest.approx(2.0)
     assert plan(7200, simple)["labelling, days on the GPUs"] == pytest.approx(1 / 24)
+    simple = Rates(probes=3600, k_test=1, itm=12, beam=1)
+    assert plan(1, simple)["evaluation, hours on one GPU"] == pytest.approx(2 * 2 * (1 + 1))

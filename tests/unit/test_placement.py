@@ -4,7 +4,6 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import EngineConfig, parse
-from pipeline.engine import placement
 from pipeline.engine.placement import check, check_training, share_out
 from stages.base import Resources
 from stages.errors import ConfigError
@@ -105,14 +104,19 @@ def test_no_more_replicas_than_shards():
     assert (share.of_at_most(1).min_replicas, share.of_at_most(5).max_replicas) == (1, 5)
 
 
-def test_a_search_on_gpus_wants_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_on_gpus_wants_gpus() -> None:
     config = parse(MINIMAL | {"dedup": {"search": {"gpus": 0.5}}}, "test")
-    monkeypatch.setattr(placement, "nodes", lambda: [{"CPU": 8.0, "GPU": 1.0}])
-    check(config)
+    check(config, [{"CPU": 8.0, "GPU": 1.0}])
     for nodes in ([{"CPU": 8.0}], [{"CPU": 8.0}, {"CPU": 0.0, "GPU": 8.0}]):
-        monkeypatch.setattr(placement, "nodes", lambda nodes=nodes: nodes)
         with pytest.raises(ConfigError, match=r"dedup\.search\.gpus: .* a CPU and 0\.5 GPUs"):
-            check(config)
+            check(config, nodes)
+
+
+def test_an_evaluation_on_a_gpu_wants_one() -> None:
+    config = parse(MINIMAL | {"evaluate": {"resources": {"gpus": 1}}}, "test")
+    check(config, [{"CPU": 8.0, "GPU": 1.0}])
+    with pytest.raises(ConfigError, match=r"evaluate\.resources: no place for evaluate 1 x 1 GPU"):
+        check(config, [{"CPU": 8.0}])
 
 
 def test_a_worker_group_that_cannot_start_is_refused():
@@ -123,14 +127,11 @@ def test_a_worker_group_that_cannot_start_is_refused():
         check_training(EngineConfig(train_gpus=1), {"CPU": 2.0})
 
 
-def test_a_training_worker_is_no_larger_than_a_node(monkeypatch):
+def test_a_training_worker_is_no_larger_than_a_node():
     small = [{"CPU": 8.0, "GPU": 1.0}] * 4
-    monkeypatch.setattr(placement, "nodes", lambda: small)
-    check(parse({**MINIMAL, "engine": {"train_workers": 4, "train_gpus": 1}}, "x"))
+    check(parse({**MINIMAL, "engine": {"train_workers": 4, "train_gpus": 1}}, "x"), small)
     with pytest.raises(ConfigError, match=r"2 workers of 1 CPUs and 2 GPUs do not fit on the 4"):
-        check(parse({**MINIMAL, "engine": {"train_workers": 2, "train_gpus": 2}}, "x"))
+        check(parse({**MINIMAL, "engine": {"train_workers": 2, "train_gpus": 2}}, "x"), small)
     # What an autoscaler would bring cannot be looked at, only its sum.
-    grows = {"CPU": 64, "GPU": 8}
-    check(
-        parse({**MINIMAL, "engine": {"train_gpus": 2, "train_workers": 4, "grows_to": grows}}, "x")
-    )
+    engine = {"train_gpus": 2, "train_workers": 4, "grows_to": {"CPU": 64, "GPU": 8}}
+    check(parse({**MINIMAL, "engine": engine}, "x"), small)

@@ -279,12 +279,14 @@ def test_json_lines_say_run_round_stage_and_shard(monkeypatch: pytest.MonkeyPatc
     screen.begin_round(1, "bootstrapping")
     screen.begin("caption", total=2)
     screen.update(Notices(errors={("caption", "000001"): ("ShardError", HOSTILE)}))
+    screen.update(Notices(ended=[("caption", "000002", {"success": 9, "failed": 1})]))
     screen.end("caption", seconds=1.0)
     said = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [line.pop("message") for line in said] == [
         "before any round",
         "round 1: bootstrapping",
         "caption shard 000001: ShardError: �[2J[bold]x[/bold] second",
+        "caption shard 000002: rows 10: 9 success, 1 failed",
         "caption 2 shards; 1.0 s",
     ]
     assert all(datetime.fromisoformat(line.pop("time")).tzinfo == UTC for line in said)
@@ -293,6 +295,7 @@ def test_json_lines_say_run_round_stage_and_shard(monkeypatch: pytest.MonkeyPatc
         run,
         run | {"round": 1},
         run | {"level": "warning", "round": 1, "stage": "caption", "shard": "000001"},
+        run | {"round": 1, "stage": "caption", "shard": "000002"},
         run | {"round": 1, "stage": "caption"},
     ]
 
