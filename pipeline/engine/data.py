@@ -169,6 +169,7 @@ def run_shards(
         for job in alone:
             run_alone(store, next(t for t in tasks if t.name == job.todo[0]), job, grows_to)
             record = store.read_record(job.records[job.todo[0]])
+            board.end.remote(record.stage, record.shard, record.counts)
             board.measured.remote(metrics.of_record(store, record))
         progressed = alone or sum(len(job.todo) for job in left) < before
         stuck = 0 if progressed else stuck + 1

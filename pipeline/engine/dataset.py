@@ -106,13 +106,27 @@ def open_input(source: Published | str, store: Store) -> Sequence[Path]:
     """Local paths of published files, or the one folder that ``source`` names."""
     if isinstance(source, str):
         return [Path(open_model(source, store))]
-    files = [
+    files = _files(source, store)
+    return InTurn(store, files) if source.in_turn else [store.local_copy(file) for file in files]
+
+
+def drop_images(task: DatasetTask, store: Store) -> None:
+    """Give back the disk that copies of the task's tars take on this machine; nobody else reads
+    them, and they are most of what a round brings here."""
+    for source in task.inputs.values():
+        if isinstance(source, Published):
+            for file in _files(source, store):
+                if file.endswith(".tar"):
+                    store.drop_copy(file)
+
+
+def _files(source: Published, store: Store) -> list[str]:
+    return [
         payload.path
         for record in store.read_records(source.records)
         for payload in record.payloads
         if fnmatchcase(payload.path, source.pattern)
     ]
-    return InTurn(store, files) if source.in_turn else [store.local_copy(file) for file in files]
 
 
 def publish_folder(task: DatasetTask, store: Store, output: Path, started: float) -> Record:

@@ -26,6 +26,7 @@ from pipeline.engine import metrics
 from pipeline.engine.dataset import (
     Checkpoints,
     StageContext,
+    drop_images,
     open_inputs,
     publish_folder,
     translate,
@@ -143,6 +144,8 @@ def _worker(config: dict[str, Any]) -> None:
                 config["board"].measured.remote(work)
                 Checkpoints(store, f"{task.name}-{task.fingerprint}").remove()
         _wait_for_all()
+    for task in config["tasks"]:  # all ranks have passed the last barrier
+        drop_images(task, store)
 
 
 def _final_error(tasks: Sequence[DatasetTask], board: Any) -> CapfiltError | None:

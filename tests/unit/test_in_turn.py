@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.dag import DatasetTask, Published
+from pipeline.engine.dataset import drop_images, open_input
 from pipeline.in_turn import InTurn
+from pipeline.records import Payload, Record
 from pipeline.store import Store
+from stages.select import SelectConfig, SelectStage
 
 
 def filled(url: str) -> tuple[Store, list[str]]:
@@ -35,3 +39,36 @@ def test_files_of_a_local_store_stay(tmp_path: Path) -> None:
     assert [file.read_bytes().decode() for file in InTurn(store, names)] == names
     assert all((tmp_path / name).is_file() for name in names)
     assert [file.name for file in InTurn(store, names)[1:]] == ["1.tar", "2.tar"]
+
+
+def test_tars_are_given_back_after_training_and_tables_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    store, names = filled("memory://given-back")
+    store.write_bytes("dataset/index.parquet", b"PAR1")
+    record = Record(
+        stage="assemble",
+        stage_version=1,
+        round=0,
+        shard="all",
+        fingerprint="00",
+        payloads=tuple(
+            Payload(path=path, bytes=1, sha256="00") for path in (*names, "dataset/index.parquet")
+        ),
+        code_version="test",
+        started=0,
+        finished=0,
+    )
+    store.publish(record)
+    published = Published((record.name,), "*")
+    task = DatasetTask(
+        stage=SelectStage(SelectConfig(), ()),
+        round=0,
+        fingerprint="00",
+        folder="round=00",
+        inputs={"train": published, "med": "someone/med"},
+    )
+    assert len([*open_input(published, store)]) == 4
+    drop_images(task, store)
+    assert [path.name for path in store.cache.rglob("*.*") if path.is_file()] == ["index.parquet"]
