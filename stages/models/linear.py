@@ -14,6 +14,9 @@ M = TypeVar("M", bound=nn.Module)
 
 _LEVELS = 127
 _ROWS = 256  # rows at a time: what lies between two steps then stays in the cache
+_EXACT = (
+    1024  # products of two levels whose sum stays below 2^24, up to where float32 counts by one
+)
 
 
 class PackedLinear(nn.Module):
@@ -59,11 +62,10 @@ class Int8Linear(nn.Module):
 
     y = (round(x / a) · round(W / b)ᵀ) · a · b + bias, with a and b the largest magnitude of the
     row over 127 (LLM.int8, Dettmers et al. 2022, section 2.1, vector-wise). The sum of products is
-    exact in int32, so a row's result does not depend on the rows beside it.
+    exact, so a row's result depends neither on the rows beside it nor on the CPU. One without
+    AVX-512 multiplies in float32, which is as exact, and as fast and as large as float32 layers.
     """
 
-    weight: Tensor
-    """(inputs, outputs) int8: the transposed view that `torch._int_mm` takes."""
     scale: Tensor
     bias: Tensor
 
@@ -72,7 +74,8 @@ class Int8Linear(nn.Module):
         weight = linear.weight.detach().float()
         scale = _scale(weight)
         bias = torch.zeros(len(weight)) if linear.bias is None else linear.bias.detach().float()
-        self.register_buffer("weight", (weight / scale).round_().to(torch.int8).t())
+        levels = (weight / scale).round_()
+        self.products = _IntProducts(levels) if multiplies_int8() else _FloatProducts(levels)
         self.register_buffer("scale", scale[:, 0].contiguous())
         self.register_buffer("bias", bias)
 
@@ -83,10 +86,56 @@ class Int8Linear(nn.Module):
         for start in range(0, len(rows), _ROWS):
             part = rows[start : start + _ROWS]
             scale = _scale(part)
-            levels = (part / scale).round_().to(torch.int8)
-            products = torch._int_mm(levels, self.weight)
-            torch.addcmul(self.bias, products * scale, self.scale, out=out[start : start + _ROWS])
+            levels = (part / scale).round_()
+            torch.addcmul(
+                self.bias,
+                self.products(levels) * scale,
+                self.scale,
+                out=out[start : start + _ROWS],
+            )
         return out.view(*states.shape[:-1], len(self.scale))
+
+
+def multiplies_int8() -> bool:
+    """Whether this CPU has instructions that make products of 8-bit integers fast."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class _IntProducts(nn.Module):
+    """(N, inputs) levels in float32 → their products with the weight's, (N, outputs) int32."""
+
+    weight: Tensor
+    """(inputs, outputs) int8: the transposed view that `torch._int_mm` takes."""
+
+    def __init__(self, levels: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", levels.to(torch.int8).t())
+
+    def forward(self, levels: Tensor) -> Tensor:
+        return torch._int_mm(levels.to(torch.int8), self.weight)
+
+
+class _FloatProducts(nn.Module):
+    """The same, by float32 products of few enough inputs at a time to be exact."""
+
+    def __init__(self, levels: Tensor) -> None:
+        super().__init__()
+        starts = range(0, levels.shape[1], _EXACT)
+        self.parts = nn.ModuleList(_product(levels[:, at : at + _EXACT]) for at in starts)
+
+    def forward(self, levels: Tensor) -> Tensor:
+        total = levels.new_zeros((), dtype=torch.int32)
+        for number, part in enumerate(self.parts):
+            start = number * _EXACT
+            total = total + part(levels[:, start : start + _EXACT]).int()
+        return total
+
+
+def _product(levels: Tensor) -> nn.Module:
+    outputs, inputs = levels.shape
+    linear = nn.Linear(inputs, outputs, bias=False)
+    linear.weight = nn.Parameter(levels.contiguous(), requires_grad=False)
+    return PackedLinear(linear) if can_pack(levels.device, levels.dtype) else linear
 
 
 def _scale(rows: Tensor) -> Tensor:
