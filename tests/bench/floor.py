@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from transformers import BlipConfig
 
+from stages.models.linear import multiplies_int8
+
 
 @dataclass(frozen=True)
 class Work:
@@ -138,7 +140,7 @@ def measure(device: str, dtype: torch.dtype, int8: bool, *, quick: bool = False)
     out = a @ b
     rate = products / _best(lambda: torch.mm(a, b, out=out), device)
     linear_rate = rate
-    if int8:
+    if int8 and multiplies_int8():  # else they are products of floats
         left = torch.randint(-127, 128, (rows, 768), dtype=torch.int8)
         right = torch.randint(-127, 128, (inner, 768), dtype=torch.int8).t()
         sums = torch.empty(rows, inner, dtype=torch.int32)
