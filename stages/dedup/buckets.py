@@ -76,8 +76,11 @@ def _ordered(keys: Keys, plan: Plan, part: Part) -> tuple[Rows, Keys]:
 
 def _similar(keys: Keys, sketches: Bits, is_new: Mask, most: int) -> Iterator[tuple[Rows, Rows]]:
     """Index pairs of equal keys, of which one is new, whose sketches differ in ``most`` bits at
-    most; ``keys`` are sorted. All pairs of one distance in that order are looked at together."""
-    apart = 1
+    most; ``keys`` are sorted. All pairs of one distance in that order are looked at together, and
+    what is found is handed on when it is much: a crowd has a few pairs at each of many distances.
+    """
+    found: list[tuple[Rows, Rows]] = []
+    apart, count = 1, 0
     at = np.flatnonzero(keys[1:] == keys[:-1])
     while len(at):
         for start in range(0, len(at), _PAIRS):
@@ -86,11 +89,21 @@ def _similar(keys: Keys, sketches: Bits, is_new: Mask, most: int) -> Iterator[tu
             # Rows by `take`: indexing copies them several times slower.
             sides = sketches.take(left, axis=0), sketches.take(left + apart, axis=0)
             left = left[_differing(*sides) <= most]
-            if len(left):
-                yield left, left + apart
+            found.append((left, left + apart))
+            count += len(left)
+            if count >= _PAIRS:
+                yield _joined(found)
+                found, count = [], 0
         apart += 1
         at = at[: np.searchsorted(at, len(keys) - apart)]
         at = at[keys[at] == keys[at + apart]]
+    if count:
+        yield _joined(found)
+
+
+def _joined(pairs: list[tuple[Rows, Rows]]) -> tuple[Rows, Rows]:
+    left, right = map(np.concatenate, zip(*pairs, strict=True))
+    return left, right
 
 
 def _differing(left: Bits, right: Bits) -> npt.NDArray[np.uint16]:
