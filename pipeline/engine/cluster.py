@@ -18,6 +18,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 from ray.util.annotations import RayDeprecationWarning
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.config import EngineConfig
 from pipeline.engine.board import Board
@@ -67,9 +68,12 @@ def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
 
 
 def _board() -> Any:
-    """The driver's board. The first worker that must start, it tells whether any can."""
+    """The driver's board, on the driver's node: others may leave. The first worker that must start,
+    it tells whether any can."""
     board_class: Any = Board
-    board = board_class.remote()
+    here = ray.get_runtime_context().get_node_id()
+    placed = NodeAffinitySchedulingStrategy(here, soft=False)
+    board = board_class.options(scheduling_strategy=placed).remote()
     try:
         ray.get(board.read.remote())
     except RayError as error:
