@@ -14,9 +14,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _LEVELS = 127
 _ROWS = 256  # rows at a time: what lies between two steps then stays in the cache
-_EXACT = (
-    1024  # products of two levels whose sum stays below 2^24, up to where float32 counts by one
-)
+_EXACT = 1024  # inputs: so many products of two levels sum to less than 2^24, exact in float32
 
 
 class PackedLinear(nn.Module):

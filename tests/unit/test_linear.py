@@ -41,13 +41,15 @@ def test_a_cpu_without_products_of_integers_gives_the_same(
     inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    linear, states = nn.Linear(inputs, 24), torch.randn(30, inputs)
-    linear.weight[:, ::2] = 1.0  # sums as large as they can become
-    states[:, ::2] = 4.0
+    linear, levels = nn.Linear(inputs, 24), torch.full((30, inputs), 127.0)
+    nn.init.ones_(linear.weight)
+    # Sums as large as they can become, and odd ones, which float32 has not from 2^24 on.
+    levels[:, 1] = torch.arange(30.0)
     found = []
     for capable in (True, False):
         monkeypatch.setattr("stages.models.linear.multiplies_int8", lambda known=capable: known)
-        found.append(Int8Linear(linear)(states))
+        found.append(Int8Linear(linear).products(levels))
+    assert found[0].dtype == found[1].dtype == torch.int32
     assert torch.equal(*found)
 
 
