@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, field_validator
@@ -77,8 +77,6 @@ class ShardStage(ABC):
     version: ClassVar[int]
     input_schema: ClassVar[pa.Schema]
     output_schema: ClassVar[pa.Schema]
-    replicas: int = 1
-    """Workers that the stage may grow to, this one among them; told before `setup`."""
 
     @property
     @abstractmethod
@@ -86,6 +84,14 @@ class ShardStage(ABC):
 
     def setup(self) -> None:  # noqa: B027 - most CPU stages have nothing to load
         """Load what every call needs. Called once before the first ``process``."""
+
+    def shared(self) -> Callable[..., Any] | None:
+        """What all workers of the stage in a run ask, where they must agree on something: made
+        once, called by one of them at a time. None: they need nothing of each other."""
+        return None
+
+    def share(self, ask: Callable[..., Any]) -> None:  # noqa: B027 - most share nothing
+        """Before `setup`: how to call what `shared` has made, wherever that is."""
 
     def choices(self) -> dict[str, int]:
         """What `setup` found on its machine and what another attempt at the same shard must

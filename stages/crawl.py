@@ -11,15 +11,21 @@ import itertools
 import math
 import random
 import time
+import uuid
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from functools import partial
 
 from stages.connect import FetchError, parse_url
 from stages.fetch import FetchConfig, Fetched, Fetcher
+from stages.hostbook import SILENCE, Ask, Claim, HostBook, Word
 
 _HOST_FAILURES = frozenset({"dns", "refused", "timeout", "tls", "http_5xx", "broken_response"})
+_CONSULT = 0.5
+"""Seconds between two looks into the book that workers share."""
+_HEARTBEAT = SILENCE / 6
 
 
 @dataclass
@@ -32,23 +38,36 @@ class _Url:
 
 @dataclass
 class _Host:
-    """What is known of one host. Failures outlive a shard, the rest does not."""
+    """One host during a shard: what the book says of it, and what the book does not know yet."""
 
+    connections: int = 0
+    """Requests that may be under way at a time."""
+    running: int = 0
+    left: int = 0
+    """URLs that are not done."""
     failures: int = 0
     """In a row, without an answer of any use in between."""
-    last: Fetched | None = None
-    running: int = 0
+    last: tuple[str, str] | None = None
+    """Status and detail of the last failure."""
     not_before: float = 0.0
     queue: deque[_Url] = field(default_factory=deque)
+    useful: bool = False
+    failed: int = 0
+    """Since the book was told; `useful` too."""
 
 
 class Crawler:
-    """Fetches the URLs of one shard after another; keeps what it learns about hosts."""
+    """Fetches the URLs of one shard after another.
 
-    def __init__(self, config: FetchConfig) -> None:
+    Args:
+        ask: the book that all workers of a run share; by default one of its own.
+    """
+
+    def __init__(self, config: FetchConfig, ask: Ask | None = None) -> None:
         self._config = config
         self._fetcher = Fetcher(config)
-        self._hosts: dict[str, _Host] = {}
+        book = ask or HostBook(config.host_connections, config.host_failures)
+        self._ask = partial(book, uuid.uuid4().hex)
 
     def close(self) -> None:
         self._fetcher.close()
@@ -64,25 +83,24 @@ class Crawler:
         come when ``shard_timeout`` is up, or by ``deadline`` (of `time.monotonic`), is
         ``timeout``. Hand each result to `release`, or bodies fill the memory that is set aside for
         them, and no more come."""
-        shard = _Shard(self._config, self._fetcher, self._hosts, deadline)
-        yield from shard.run(urls)
-        # A host that was set aside is asked once more by the next shard: it may have come back.
-        most = self._config.host_failures - 1
-        self._hosts = {
-            name: _Host(min(host.failures, most), host.last)
-            for name, host in self._hosts.items()
-            if host.failures
-        }
+        yield from _Shard(self._config, self._fetcher, self._ask, deadline).run(urls)
 
 
 class _Shard:
     """The crawl of one shard."""
 
     def __init__(
-        self, config: FetchConfig, fetcher: Fetcher, hosts: dict[str, _Host], deadline: float
+        self,
+        config: FetchConfig,
+        fetcher: Fetcher,
+        ask: Callable[[Mapping[str, Claim]], Mapping[str, Word]],
+        deadline: float,
     ) -> None:
-        self._config, self._fetcher, self._hosts = config, fetcher, hosts
+        self._config, self._fetcher, self._ask = config, fetcher, ask
         self._deadline = min(deadline, time.monotonic() + config.shard_timeout)
+        self._hosts: dict[str, _Host] = {}
+        self._untold: set[str] = set()  # hosts of which the book must hear, or be asked again
+        self._consulted = -math.inf
         self._turn: deque[str] = deque()  # hosts that have a URL queued, perhaps several times
         self._later: list[tuple[float, int, _Url | None, str]] = []
         self._order = itertools.count()
@@ -96,8 +114,9 @@ class _Shard:
             for key, url in urls.items():
                 self._enqueue(key, url)
             while left and time.monotonic() < self._deadline:
+                self._consult()
                 self._start(pool)
-                for key, fetched in itertools.chain(self._given_up(), self._finished()):
+                for key, fetched in self._given_up() or self._finished():
                     left.discard(key)
                     yield key, fetched
         finally:
@@ -105,6 +124,7 @@ class _Shard:
             pool.shutdown(wait=False, cancel_futures=True)
             for future in self._running:
                 future.add_done_callback(self._abandoned)
+            self._ask({name: self._claim(host)._replace(left=0) for name, host in self._open()})
         seconds = self._config.shard_timeout
         late = Fetched("timeout", f"the shard's {seconds:g} seconds were up", transient=True)
         yield from ((key, late) for key in urls if key in left)
@@ -115,16 +135,59 @@ class _Shard:
 
     def _enqueue(self, key: str, url: str) -> None:
         try:
-            host = parse_url(url).host
+            name = parse_url(url).host
         except FetchError as error:
             self._refused.append((key, Fetched(error.status, str(error))))
             return
-        self._hosts.setdefault(host, _Host()).queue.append(_Url(key, url, host))
-        self._turn.append(host)
+        host = self._hosts.setdefault(name, _Host())
+        host.queue.append(_Url(key, url, name))
+        host.left += 1
+        self._untold.add(name)
 
     def _given_up(self) -> list[tuple[str, Fetched]]:
         given_up, self._refused = self._refused, []
         return given_up
+
+    # ---- the book ----------------------------------------------------------------------------
+
+    def _consult(self) -> None:
+        """Tell the book what is new, and take over what it says, now and then."""
+        since = time.monotonic() - self._consulted
+        if since < (_CONSULT if self._untold else _HEARTBEAT):
+            return
+        told, self._untold = self._untold, set()
+        words = self._ask({name: self._claim(self._hosts[name]) for name in told})
+        now = self._consulted = time.monotonic()
+        for name, word in words.items():
+            host = self._hosts[name]
+            more = word.connections - max(host.connections, host.running)
+            host.connections, host.failures, host.last = word.connections, word.failures, word.last
+            host.not_before = max(host.not_before, now + word.pause)
+            host.useful, host.failed = False, 0
+            self._turn.extend([name] * min(more, len(host.queue)))
+            if host.failures >= self._config.host_failures:
+                self._set_aside(host)
+            self._settled(name)
+
+    def _claim(self, host: _Host) -> Claim:
+        pause = max(0.0, host.not_before - time.monotonic())
+        return Claim(host.running, host.left, host.useful, host.failed, host.last, pause)
+
+    def _open(self) -> list[tuple[str, _Host]]:
+        """Hosts of which the book has claims, or has not heard all."""
+        return [
+            (name, host)
+            for name, host in self._hosts.items()
+            if host.connections or host.left or name in self._untold
+        ]
+
+    def _settled(self, name: str) -> None:
+        """Ask the book again where the host has other than it can use; and where it can use any
+        number: others may want their share of it."""
+        host = self._hosts[name]
+        most = self._config.host_connections
+        if host.left > most or host.connections != host.left:
+            self._untold.add(name)
 
     # ---- starting ----------------------------------------------------------------------------
 
@@ -147,22 +210,17 @@ class _Shard:
             self._set_aside(host)
         elif host.queue and host.not_before > now:
             heapq.heappush(self._later, (host.not_before, next(self._order), None, name))
-        elif host.queue and host.running < self._slots(host):
+        elif host.queue and host.running < host.connections:
             url = host.queue.popleft()
             url.attempts += 1
             host.running += 1
             self._running[pool.submit(self._fetcher.fetch, url.url, self._deadline)] = url
 
-    def _slots(self, host: _Host) -> int:
-        """Requests at once. A host about to be set aside gets one try, not a volley."""
-        last_try = host.failures == self._config.host_failures - 1 and host.failures > 0
-        return 1 if last_try else self._config.host_connections
-
     def _set_aside(self, host: _Host) -> None:
-        last = host.last
-        assert last is not None
-        detail = f"not tried: host set aside after {host.failures} failures; last: {last.detail}"
-        given_up = Fetched(last.status, detail[:300], host=last.host, transient=True)
+        status, detail = host.last or ("timeout", "")
+        told = f"not tried: host set aside after {host.failures} failures; last: {detail}"
+        given_up = Fetched(status, told[:300], transient=True)
+        host.left -= len(host.queue)
         while host.queue:
             self._refused.append((host.queue.popleft().key, given_up))
 
@@ -170,35 +228,47 @@ class _Shard:
 
     def _finished(self) -> Iterator[tuple[str, Fetched]]:
         """The final results among those that have come by now; waits for one where it must."""
-        soonest = min([self._deadline, *(entry[0] for entry in self._later[:1])])
-        seconds = max(0.0, soonest - time.monotonic())
+        seconds = max(0.0, self._next_event() - time.monotonic())
         if not self._running:
             if not self._turn:
-                time.sleep(seconds if self._later else 0)
+                time.sleep(seconds)
             return
         done, _ = wait(self._running, seconds, FIRST_COMPLETED)
         for future in done:
             url = self._running.pop(future)
             fetched = future.result()
             self._note(url, fetched)
-            if not self._retried(url, fetched):
+            retried = self._retried(url, fetched)
+            self._hosts[url.host].left -= not retried
+            self._settled(url.host)
+            if not retried:
                 yield url.key, fetched
+
+    def _next_event(self) -> float:
+        """When something may happen that no request brings."""
+        asked = self._consulted + (_CONSULT if self._untold else _HEARTBEAT)
+        return min([self._deadline, asked, *(entry[0] for entry in self._later[:1])])
 
     def _note(self, url: _Url, fetched: Fetched) -> None:
         own = self._hosts[url.host]
         own.running -= 1
         # Every URL that was refused a slot lost its turn: the host gets as many as it has queued
         # URLs for the slots it has now.
-        self._turn.extend([url.host] * min(len(own.queue), self._config.host_connections))
+        self._turn.extend([url.host] * min(len(own.queue), own.connections))
         # A redirect may have led elsewhere: who failed is to blame, not who sent us there.
-        told = self._hosts.setdefault(fetched.host or url.host, _Host())
-        if fetched.status in _HOST_FAILURES or fetched.code == 429:
-            told.failures, told.last = told.failures + 1, fetched
-        else:
-            told.failures = 0
+        name = fetched.host or url.host
+        told = self._hosts.setdefault(name, _Host())
         pause = fetched.retry_after or 0.0
+        failures = int(fetched.status in _HOST_FAILURES or fetched.code == 429)
         if pause > self._config.max_retry_after:
-            told.failures, told.last = max(told.failures, self._config.host_failures), fetched
+            failures = max(1, self._config.host_failures - told.failures)
+        if failures or pause or told.failures:
+            self._untold.add(name)
+        if failures:
+            told.failures, told.failed = told.failures + failures, told.failed + failures
+            told.last = fetched.status, fetched.detail or ""
+        else:
+            told.useful, told.failures, told.failed = True, 0, 0
         told.not_before = max(told.not_before, time.monotonic() + pause)
 
     def _retried(self, url: _Url, fetched: Fetched) -> bool:

@@ -24,6 +24,7 @@ from stages import media
 from stages.base import Resources, ShardStage, operational
 from stages.crawl import Crawler
 from stages.fetch import FetchConfig, Fetched
+from stages.hostbook import Ask, HostBook
 from stages.keeper import ImageConfig, ImageKeeper, Outcome
 from stages.schemas import DOWNLOAD, SOURCES, check
 
@@ -89,14 +90,20 @@ class DownloadStage(ShardStage):
 
     def __init__(self, config: DownloadConfig) -> None:
         self.config = config
+        self._ask: Ask | None = None
 
     @property
     def resources(self) -> Resources:
         return self.config.resources
 
+    def shared(self) -> HostBook:
+        return HostBook(self.config.host_connections, self.config.host_failures)
+
+    def share(self, ask: Ask) -> None:
+        self._ask = ask
+
     def setup(self) -> None:
-        each = max(1, self.config.host_connections // self.replicas)
-        self._crawler = Crawler(self.config.model_copy(update={"host_connections": each}))
+        self._crawler = Crawler(self.config, self._ask)
         self._keep = ImageKeeper(self.config)
 
     def process(self, table: pa.Table) -> pa.Table:

@@ -64,12 +64,10 @@ class FetchConfig(Config):
     max_retry_after: float = operational(60.0, ge=0)
     """Seconds that a host may ask us to wait (Retry-After). Who asks for more is set aside."""
     host_connections: int = operational(8, ge=1)
-    """Requests to one host at a time. The workers of a stage share them evenly, but each has one:
-    with more workers than this, a host that is in all of their shards gets one from each."""
+    """Requests to one host at a time, of all workers together."""
     host_failures: int = operational(20, ge=1)
-    """After so many failures in a row a host is set aside: the shard's other URLs there are given
-    the last failure's status untried, and each later shard tries the host once. Each worker finds
-    out for itself, and remembers it for as long as it lives."""
+    """After so many failures in a row, whichever workers see them, a host is set aside for the run:
+    its other URLs are given the last failure's status untried. ``--retry-failed`` asks again."""
     shard_timeout: float = operational(3600.0, gt=0)
     """Seconds for a shard; URLs that have not come, and images in files and tars that were not
     begun by then, are ``timeout``."""

@@ -14,9 +14,21 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.engine.metrics import Meters, Work
 from pipeline.progress import Notices
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class Shared:
+    """Actor that holds what `ShardStage.shared` has made; one that is killed begins anew."""
+
+    def __init__(self, made: Callable[..., Any]) -> None:
+        self._made = made
+
+    def ask(self, *args: object) -> Any:
+        return self._made(*args)
 
 
 @ray.remote(num_cpus=0, max_restarts=0)
@@ -24,6 +36,7 @@ class Board:
     """Actor that holds `Notices`; every call is short."""
 
     def __init__(self) -> None:
+        self._shared: dict[str, Any] = {}
         self._notices = Notices()
         self._meters = Meters()
         self._begun: Counter[tuple[str, str]] = Counter()
@@ -50,6 +63,15 @@ class Board:
 
     def progress(self, stage: str, message: str, done: int, total: int) -> None:
         self._notices.progress[stage] = message, done, total
+
+    def shared(self, stage: str, made: Callable[..., Any]) -> Any:
+        """The actor that answers what the workers of ``stage`` ask: one for the board's life, and
+        on its node, which is the driver's."""
+        if stage not in self._shared:
+            here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), False)
+            actor: Any = Shared
+            self._shared[stage] = actor.options(scheduling_strategy=here).remote(made)
+        return self._shared[stage]
 
     def forget(self) -> None:
         """Start a new pass: what is running or failed is no longer of interest."""

@@ -52,10 +52,10 @@ class Pass:
 class StageWorker:
     """One operator's worker: the stage, loaded at the first shard that needs it."""
 
-    def __init__(self, task: ShardTask, plan: Pass, replicas: int = 1) -> None:
+    def __init__(self, task: ShardTask, plan: Pass, shared: Any = None) -> None:
         self._task = task
         self._plan = plan
-        self._replicas = replicas
+        self._shared = shared
         self._stage: ShardStage | None = None
 
     def __call__(self, row: pa.Table) -> pa.Table:
@@ -84,7 +84,8 @@ class StageWorker:
             carried.update(inputs)
             if self._stage is None:
                 stage = shards.build(self._task, plan.store)
-                stage.replicas = self._replicas
+                if self._shared is not None:
+                    stage.share(self._ask)
                 stage.setup()  # may run out of memory; the next shard then tries again
                 self._stage = stage
             shards.settle(self._stage, self._task, job, plan.store)
@@ -101,6 +102,9 @@ class StageWorker:
             metrics.Work(plan.store.root, name, seconds, counts, facts, metrics.gpu_bytes())
         )
         return output
+
+    def _ask(self, *args: object) -> Any:
+        return ray.get(self._shared.ask.remote(*args))
 
 
 def _one_line(error: Exception) -> str:
@@ -224,9 +228,11 @@ def _operator(dataset: Any, task: ShardTask, share: Share, plan: Pass) -> Any:
 
     Both retries are bounded: unbounded, Ray restarts a crashing shard's actor for ever.
     """
+    made = task.build(None).shared() if share.max_replicas > 1 else None
+    shared = None if made is None else ray.get(plan.board.shared.remote(task.name, made))
     return dataset.map_batches(
         StageWorker,
-        fn_constructor_args=(task, plan, share.max_replicas),
+        fn_constructor_args=(task, plan, shared),
         batch_size=1,  # a row; with GPUs Ray refuses None
         batch_format="pyarrow",
         zero_copy_batch=True,

@@ -1,7 +1,9 @@
 """The engine on a real local Ray: streaming, crashes, resumption, placement."""
 
+import itertools
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +45,14 @@ class FakeDownload(ShardStage):
     def resources(self) -> Resources:
         return Resources(cpus=self.config.cpus, max_replicas=self.config.replicas)
 
+    def shared(self) -> Callable[[], int]:
+        return itertools.count(1).__next__
+
+    def share(self, ask: Callable[[], int]) -> None:
+        self._ask = ask
+
     def facts(self) -> dict[str, str]:
-        return {"replicas": str(self.replicas)}
+        return {"asked": str(self._ask())} if self.config.replicas > 1 else {}
 
     def process(self, table: pa.Table) -> pa.Table:
         return self.failed(table, "success", "")
@@ -263,7 +271,9 @@ def test_only_what_has_no_record_is_done_again(tmp_path, board):
     tasks = [FakeTask("download", 1, several), FakeTask("caption", 1, Fake(marks=str(marks)))]
     records = run(store, shards, board, tasks)
     assert len(list(marks.iterdir())) == 3
-    assert store.read_record(records["000000"]["download"]).details["replicas"] == "2"
+    downloads = [store.read_record(each["download"]) for each in records.values()]
+    # Both replicas ask the same.
+    assert {record.details["asked"] for record in downloads} == {"1", "2", "3"}
     run(store, shards, board, tasks)
     assert len(list(marks.iterdir())) == 3
     store.remove(records["000001"]["caption"])

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import format_datetime
 from itertools import pairwise
 
@@ -14,6 +15,7 @@ import pytest
 
 from stages.crawl import Crawler, _Shard, _Url
 from stages.fetch import FetchConfig, Fetched, _seconds
+from stages.hostbook import HostBook
 from tests.servers import WebServer, picture
 
 
@@ -77,7 +79,7 @@ def test_how_long_a_retry_waits(web: WebServer, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(random, "uniform", least)
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
-    shard = _Shard(config, None, {}, math.inf)  # type: ignore[arg-type]  # nothing is fetched
+    shard = _Shard(config, None, HostBook(8, 20), math.inf)  # type: ignore[arg-type]  # nothing is fetched
     busy = Fetched("http_5xx", "HTTP 503", transient=True)
     for attempts in (1, 2, 3, 4):
         assert shard._retried(_Url("it", "u", "web.test", attempts), busy)
@@ -112,20 +114,58 @@ def test_a_host_that_keeps_failing_is_set_aside(web: WebServer) -> None:
     options = {"host_failures": 4, "host_connections": 2, "retries": 0}
     config = FetchConfig(connect_to=web.connect_to, **options)
     crawler = Crawler(config)
-    web.serve("/good.jpg", picture())
     urls = {f"{i}": web.url(f"/flaky/99/{i}") for i in range(20)}
     found = dict(crawler.fetch_all(urls))
     tried = sum(web.hits[f"/flaky/99/{i}"] for i in range(20))
     assert {fetched.status for fetched in found.values()} == {"http_5xx"}
     assert 4 <= tried <= 5
-    # The next shard asks once, and no more while the host fails.
+    # It is left alone for the run.
+    web.serve("/good.jpg", picture())
+    urls = {"good": web.url("/good.jpg")}
     assert {f.status for _, f in crawler.fetch_all(urls)} == {"http_5xx"}
-    assert sum(web.hits[f"/flaky/99/{i}"] for i in range(20)) == tried + 1
-    # Once it answers, all of its URLs are fetched again.
-    well = {"good": web.url("/good.jpg"), "404": web.url("/404"), "more": web.url("/good.jpg")}
-    answered = {key: fetched.status for key, fetched in crawler.fetch_all(well)}
-    assert answered == {"good": "success", "404": "http_4xx", "more": "success"}
+    assert web.hits["/good.jpg"] == 0
     crawler.close()
+
+
+def test_a_success_ends_a_series_of_failures(web: WebServer) -> None:
+    config = FetchConfig(connect_to=web.connect_to, host_failures=3, host_connections=1, retries=0)
+    crawler = Crawler(config)
+    web.serve("/good.jpg", picture())
+    for _ in range(3):  # over several shards, too
+        paths = ["/flaky/99/a", "/flaky/99/b", "/good.jpg"]
+        found = {path: f.status for path, f in crawler.fetch_all({p: web.url(p) for p in paths})}
+        assert found == dict(zip(paths, ["http_5xx", "http_5xx", "success"], strict=True))
+    crawler.close()
+
+
+def test_crawlers_that_share_a_book_share_each_host(web: WebServer) -> None:
+    """More of them than connections: a host still gets no more at a time, and nobody starves."""
+    config = FetchConfig(connect_to=web.connect_to, host_connections=2, retries=0, timeout=20.0)
+    book = HostBook(config.host_connections, config.host_failures)
+    crawlers = [Crawler(config, book) for _ in range(4)]
+
+    def crawl_all(number: int) -> set[str]:
+        urls = {f"{i}": web.url(f"/slow/0.05/{number}-{i}") for i in range(10)}
+        return {fetched.status for _, fetched in crawlers[number].fetch_all(urls)}
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(crawl_all, range(4))) == [{"success"}] * 4
+    assert web.most_at_once <= 2
+    assert not book._hosts, "all that was claimed is given back"
+
+
+def test_crawlers_that_share_a_book_set_a_host_aside_together(web: WebServer) -> None:
+    config = FetchConfig(connect_to=web.connect_to, host_failures=4, host_connections=1, retries=0)
+    book = HostBook(config.host_connections, config.host_failures)
+    for number in range(2):
+        crawler = Crawler(config, book)
+        urls = {f"{i}": web.url(f"/flaky/99/{number}-{i}") for i in range(3)}
+        assert {fetched.status for _, fetched in crawler.fetch_all(urls)} == {"http_5xx"}
+    crawler = Crawler(config, book)
+    urls = {f"{i}": web.url(f"/flaky/99/last-{i}") for i in range(3)}
+    found = [fetched for _, fetched in crawler.fetch_all(urls)]
+    assert all("set aside after 4 failures" in (fetched.detail or "") for fetched in found)
+    assert sum(web.hits.values()) == 4
 
 
 def test_what_never_comes_is_a_timeout_when_the_shard_is_over(web: WebServer) -> None:

@@ -227,17 +227,6 @@ def test_files_that_are_not_begun_in_time_are_timeouts(web: WebServer, tmp_path:
     assert {row["status"] for row in run(stage(web), table)} == {"success"}
 
 
-def test_replicas_share_the_connections_to_a_host() -> None:
-    with WebServer() as web:
-        config = DownloadConfig(connect_to=web.connect_to, host_connections=6, threads=12)
-        made = DownloadStage(config)
-        made.replicas = 3
-        made.setup()
-        rows = run(made, sources(*({"url": web.url(f"/slow/0.05/{n}")} for n in range(12))))
-        assert {row["status"] for row in rows} == {"success"}
-        assert web.most_at_once <= 2
-
-
 def test_bytes_must_have_the_hash_that_the_source_says(web: WebServer, tmp_path: Path) -> None:
     data = picture(seed=9)
     url = web.serve("/hashed.jpg", data)
