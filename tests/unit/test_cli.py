@@ -85,7 +85,7 @@ def test_looking_needs_neither_ray_nor_torch(module: str) -> None:
 @pytest.mark.parametrize("module", [False, True])
 def test_the_module_is_the_same_program(run: str, module: bool) -> None:
     done = capfilt("status", run, module=module)
-    assert done.returncode == 0 and done.stderr == ""
+    assert (done.returncode, done.stderr) == (0, "")
     assert "2 of 3 rounds done" in done.stdout and "next: round 2" in done.stdout
 
 
