@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
-SILENCE = 60.0
+SILENCE = 15.0
 """Seconds after which a worker that says nothing is taken for dead, and what it held is free."""
 
 _FAILING = 100_000
