@@ -506,17 +506,17 @@ def test_an_earlier_round_without_news_needs_no_search(tmp_path: Path) -> None:
     assert {row["sample_id"]: row for row in again} == first
 
 
-@pytest.mark.parametrize("tables", [0, 40], ids=["every pair", "buckets"])
-def test_thousands_of_pictures_that_are_all_alike(tmp_path: Path, tables: int) -> None:
-    """Each its own file: two million pairs, some thousand ties."""
-    config = DedupConfig()
-    if tables:  # Where all are alike their sketches are noise: many pairs share no bucket.
-        search = SearchConfig(exhaustive_below=0, bits=4, tables=tables, recall=0)
-        config = DedupConfig(search=search)
-    vectors = {f"{i:04d}": near(unit(1, 16), 0.9999, i) for i in range(2_000)}
-    rows = [{"sample_id": s, "sha256": s, "phash": HASH} for s in vectors]
+CROWDS = DedupConfig(search=SearchConfig(exhaustive_below=0, bits=1))
+"""Two buckets a table: where two thousand are all alike, one of them is a crowd."""
+
+
+@pytest.mark.parametrize("config", [DedupConfig(), CROWDS], ids=["every pair", "buckets"])
+def test_thousands_of_pictures_that_are_all_alike(tmp_path: Path, config: DedupConfig) -> None:
+    """Each its own file, and nothing but the embedding ties them: two million pairs."""
+    vectors = {f"{i:04d}": near(unit(1, 16), 0.9999, i) for i in range(2_200)}
+    rows = [{"sample_id": s, "sha256": s, "phash": None} for s in vectors]
     found = run(tmp_path, [download(rows)], [embeddings(vectors)], config)
-    assert [len(group) for group in clusters(found)] == [2_000]
+    assert [len(group) for group in clusters(found)] == [2_200]
 
 
 @pytest.mark.parametrize(("count", "distance"), [(300, 32), (3_000, 8), (3_000, 0)])
