@@ -90,8 +90,9 @@ class ShardStage(ABC):
         once, called by one of them at a time. None: they need nothing of each other."""
         return None
 
-    def share(self, ask: Callable[..., Any]) -> None:  # noqa: B027 - most share nothing
-        """Before `setup`: how to call what `shared` has made, wherever that is."""
+    def share(self, ask: Callable[..., Any], worker: str) -> None:  # noqa: B027 - most do not
+        """Before `setup`: how to call what `shared` has made, wherever that is; and the name of
+        this worker, which stays the same if it dies and is started again."""
 
     def choices(self) -> dict[str, int]:
         """What `setup` found on its machine and what another attempt at the same shard must

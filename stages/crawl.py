@@ -61,13 +61,16 @@ class Crawler:
 
     Args:
         ask: the book that all workers of a run share; by default one of its own.
+        worker: how the book tells this one, which has the same name if it is started again.
     """
 
-    def __init__(self, config: FetchConfig, ask: Ask | None = None) -> None:
+    def __init__(
+        self, config: FetchConfig, ask: Ask | None = None, worker: str | None = None
+    ) -> None:
         self._config = config
         self._fetcher = Fetcher(config)
         book = ask or HostBook(config.host_connections, config.host_failures)
-        self._ask = partial(book, uuid.uuid4().hex)
+        self._ask = partial(book, worker or uuid.uuid4().hex)
 
     def close(self) -> None:
         self._fetcher.close()
@@ -93,7 +96,7 @@ class _Shard:
         self,
         config: FetchConfig,
         fetcher: Fetcher,
-        ask: Callable[[Mapping[str, Claim]], Mapping[str, Word]],
+        ask: Callable[[Mapping[str, Claim], bool], Mapping[str, Word]],
         deadline: float,
     ) -> None:
         self._config, self._fetcher, self._ask = config, fetcher, ask
@@ -124,7 +127,8 @@ class _Shard:
             pool.shutdown(wait=False, cancel_futures=True)
             for future in self._running:
                 future.add_done_callback(self._abandoned)
-            self._ask({name: self._claim(host)._replace(left=0) for name, host in self._open()})
+            last = {name: self._claim(host)._replace(left=0) for name, host in self._open()}
+            self._ask(last, False)
         seconds = self._config.shard_timeout
         late = Fetched("timeout", f"the shard's {seconds:g} seconds were up", transient=True)
         yield from ((key, late) for key in urls if key in left)
@@ -156,7 +160,8 @@ class _Shard:
         if since < (_CONSULT if self._untold else _HEARTBEAT):
             return
         told, self._untold = self._untold, set()
-        words = self._ask({name: self._claim(self._hosts[name]) for name in told})
+        claims = {name: self._claim(self._hosts[name]) for name in told}
+        words = self._ask(claims, self._consulted == -math.inf)
         now = self._consulted = time.monotonic()
         for name, word in words.items():
             host = self._hosts[name]

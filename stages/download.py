@@ -91,6 +91,7 @@ class DownloadStage(ShardStage):
     def __init__(self, config: DownloadConfig) -> None:
         self.config = config
         self._ask: Ask | None = None
+        self._worker: str | None = None
 
     @property
     def resources(self) -> Resources:
@@ -99,11 +100,11 @@ class DownloadStage(ShardStage):
     def shared(self) -> HostBook:
         return HostBook(self.config.host_connections, self.config.host_failures)
 
-    def share(self, ask: Ask) -> None:
-        self._ask = ask
+    def share(self, ask: Ask, worker: str) -> None:
+        self._ask, self._worker = ask, worker
 
     def setup(self) -> None:
-        self._crawler = Crawler(self.config, self._ask)
+        self._crawler = Crawler(self.config, self._ask, self._worker)
         self._keep = ImageKeeper(self.config)
 
     def process(self, table: pa.Table) -> pa.Table:

@@ -49,8 +49,9 @@ class Word(NamedTuple):
     """Seconds to leave the host alone."""
 
 
-Ask: TypeAlias = Callable[[str, Mapping[str, Claim]], Mapping[str, Word]]
-"""(worker, its claims by host) → a word about each of these hosts."""
+Ask: TypeAlias = Callable[[str, Mapping[str, Claim], bool], Mapping[str, Word]]
+"""(worker, its claims by host, whether it holds nothing else) → a word about each of these hosts.
+"""
 
 
 @dataclass
@@ -73,10 +74,15 @@ class HostBook:
         self._aside: dict[str, _Host] = {}
         self._heard: dict[str, float] = {}
 
-    def __call__(self, worker: str, claims: Mapping[str, Claim]) -> Mapping[str, Word]:
+    def __call__(
+        self, worker: str, claims: Mapping[str, Claim], begins: bool = False
+    ) -> Mapping[str, Word]:
+        """``begins``: what the worker held before is void, as it died and was started again."""
         now = time.monotonic()
+        silent = [name for name, heard in self._heard.items() if now - heard > SILENCE]
+        for gone in [worker, *silent] if begins else silent:
+            self._free(gone, now)
         self._heard[worker] = now
-        self._forget_the_dead(now)
         return {name: self._word(worker, name, claim, now) for name, claim in claims.items()}
 
     def _word(self, worker: str, name: str, claim: Claim, now: float) -> Word:
@@ -121,10 +127,9 @@ class HostBook:
             if len(self._failing) > _FAILING:
                 self._failing.popitem(last=False)
 
-    def _forget_the_dead(self, now: float) -> None:
-        dead = [worker for worker, heard in self._heard.items() if now - heard > SILENCE]
-        for worker in dead:
-            del self._heard[worker]
-            for name, host in list(self._hosts.items()):
-                if host.claims.pop(worker, None) is not None:
-                    self._keep(name, host, now)
+    def _free(self, worker: str, now: float) -> None:
+        if self._heard.pop(worker, None) is None:
+            return
+        for name, host in list(self._hosts.items()):
+            if host.claims.pop(worker, None) is not None:
+                self._keep(name, host, now)

@@ -85,7 +85,7 @@ class StageWorker:
             if self._stage is None:
                 stage = shards.build(self._task, plan.store)
                 if self._shared is not None:
-                    stage.share(self._ask)
+                    stage.share(self._ask, str(ray.get_runtime_context().get_actor_id()))
                 stage.setup()  # may run out of memory; the next shard then tries again
                 self._stage = stage
             shards.settle(self._stage, self._task, job, plan.store)

@@ -48,7 +48,7 @@ class FakeDownload(ShardStage):
     def shared(self) -> Callable[[], int]:
         return itertools.count(1).__next__
 
-    def share(self, ask: Callable[[], int]) -> None:
+    def share(self, ask: Callable[[], int], worker: str) -> None:
         self._ask = ask
 
     def facts(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ import pytest
 
 from stages.crawl import Crawler, _Shard, _Url
 from stages.fetch import FetchConfig, Fetched, _seconds
-from stages.hostbook import HostBook
+from stages.hostbook import Claim, HostBook
 from tests.servers import WebServer, picture
 
 
@@ -131,10 +131,21 @@ def test_a_success_ends_a_series_of_failures(web: WebServer) -> None:
     config = FetchConfig(connect_to=web.connect_to, host_failures=3, host_connections=1, retries=0)
     crawler = Crawler(config)
     web.serve("/good.jpg", picture())
-    for _ in range(3):  # over several shards, too
-        paths = ["/flaky/99/a", "/flaky/99/b", "/good.jpg"]
+    fail, fine = ["/flaky/99/a", "/flaky/99/b"], ["/good.jpg"]
+    for paths in (fail + fine, fail, fine, fail, fine):  # in a shard, and over several
         found = {path: f.status for path, f in crawler.fetch_all({p: web.url(p) for p in paths})}
-        assert found == dict(zip(paths, ["http_5xx", "http_5xx", "success"], strict=True))
+        assert found == {path: "http_5xx" if path in fail else "success" for path in paths}
+    crawler.close()
+
+
+def test_a_crawler_that_is_started_again_leaves_what_it_held(web: WebServer) -> None:
+    config = FetchConfig(connect_to=web.connect_to, host_connections=1)
+    book = HostBook(config.host_connections, config.host_failures)
+    book("one", {"other.test": Claim(left=9)})  # and died
+    crawler = Crawler(config, book, "one")
+    url = web.serve("/good.jpg", picture())
+    assert statuses(dict(crawler.fetch_all({"it": url}))) == {"it": "success"}
+    assert not book._hosts
     crawler.close()
 
 

@@ -57,6 +57,14 @@ def test_the_dead_give_back_what_they_held(clock: list[float]) -> None:
     assert connections(book, "alive", Claim(left=9)) == 1
 
 
+def test_who_is_started_again_holds_nothing_of_what_it_held() -> None:
+    book = HostBook(connections=1, failures=20)
+    assert book("one", {"a.test": Claim(left=9)})["a.test"].connections == 1
+    assert connections(book, "two", Claim(left=9)) == 0
+    book("one", {"b.test": Claim(left=9)}, begins=True)
+    assert connections(book, "two", Claim(left=9)) == 1
+
+
 def test_failures_of_all_workers_count_and_an_answer_ends_them(clock: list[float]) -> None:
     book = HostBook(connections=1, failures=4)
     last = ("timeout", "nothing came")
