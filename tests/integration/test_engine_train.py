@@ -80,14 +80,7 @@ def test_an_error_that_would_come_again_is_told_once(tmp_path: Path, board) -> N
     assert len(list((tmp_path / "marks").iterdir())) == 1
 
 
-def test_a_worker_that_dies_is_started_again(tmp_path: Path, board) -> None:
-    task, store = task_of(tmp_path, "dies"), Store(str(tmp_path / "run"))
-    run_training(store, [task], CONFIG, board)
-    assert len(list((tmp_path / "marks").iterdir())) == 2
-    assert store.exists(task.record)
-
-
-def test_what_is_published_is_not_trained_again_when_a_later_worker_dies(
+def test_a_worker_that_dies_is_started_again_and_trains_only_what_is_not_published(
     tmp_path: Path, board
 ) -> None:
     store = Store(str(tmp_path / "run"))
