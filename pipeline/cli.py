@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as error:
         from pipeline.lease import Terminated
 
+        if not debug:
+            # What was cut short in the making (a dataset of Ray's) fails again when collected.
+            sys.unraisablehook = lambda _: None
         code = 143 if isinstance(error, Terminated) else 130
         return _fail(
             "interrupted; run the same command again to go on from here", code, debug, where

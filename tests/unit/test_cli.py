@@ -269,6 +269,35 @@ def test_web_text_in_an_error_cannot_touch_the_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in said
 
 
+@pytest.mark.parametrize("debug", [False, True])
+def test_what_was_interrupted_in_the_making_does_not_speak_after_the_last_line(debug: bool) -> None:
+    program = """
+import sys
+from pipeline import cli
+
+class Half:
+    def __del__(self):
+        self.executor.shutdown()
+
+def run(*_):
+    half = Half()
+    raise KeyboardInterrupt
+
+cli._run = run
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *(["--debug"] if debug else [])],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130 and "capfilt: interrupted" in done.stderr
+    assert ("AttributeError" in done.stderr) is debug
+    assert (done.stderr.count("\n") == 1) is not debug
+
+
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     """Interrupted while it works; what is published by then is whole, and it goes on from there."""
     store = Store(str(tmp_path / "run"))
