@@ -247,7 +247,11 @@ def test_a_deadly_and_a_broken_row_are_quarantined_and_the_run_goes_on(tmp_path,
     samples = [["a", "deadly", "b", "c"], ["d", "e"], ["f", "broken"]]
     shards = make_shards(store, samples)
     tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake())]
+    ray.get(board.take.remote())  # what other tests have told
     records = run(store, shards, board, tasks)
+    told = [(stage, shard) for stage, shard, _ in ray.get(board.take.remote()).ended]
+    # A shard that was run alone is told as well, and once.
+    assert sorted(told) == sorted((task.name, shard) for task in tasks for shard in shards)
     assert statuses(store, records) == {
         "a": "success",
         "deadly": "quarantined",

@@ -1,8 +1,8 @@
-"""Training tasks on a real Ray Train: what is started again, and what is not."""
+"""Training tasks on a real Ray Train: what is started again, and what is left behind."""
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import ray
 import ray.train
 
 from pipeline.config import EngineConfig
-from pipeline.dag import DatasetTask
+from pipeline.dag import DatasetTask, Published
 from pipeline.engine import train
 from pipeline.engine.cluster import connected
 from pipeline.engine.train import run_training
+from pipeline.records import Payload, Record
 from pipeline.store import Store
 from stages.base import Context, DatasetStage
 from stages.errors import TrainingError
+from tests.s3 import s3_bucket
 
 CONFIG = EngineConfig(cpus=2)
 
@@ -38,6 +40,14 @@ class Doomed(DatasetStage):
         if first and self.fate == "dies":
             os._exit(7)
         (output_dir / "done").write_text("done")
+
+
+class Reads(Doomed):
+    """Wants its images here."""
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        assert {path.suffix for path in inputs["train"] if path.exists()} == {".tar", ".parquet"}
+        super().run(inputs, output_dir, ctx)
 
 
 class Second(Doomed):
@@ -62,15 +72,46 @@ def in_a_training_worker() -> bool:
 
 
 @pytest.fixture(scope="module")
-def board(tmp_path_factory):
+def bucket() -> Iterator[str]:
+    with pytest.MonkeyPatch.context() as patch, s3_bucket(patch) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory, bucket: str):  # Ray's workers inherit the way to the bucket
     with connected(CONFIG, tmp_path_factory.mktemp("log") / "ray.log") as board:
         yield board
 
 
-def task_of(tmp_path: Path, fate: str, kind: type[Doomed] = Doomed) -> DatasetTask:
+def task_of(
+    tmp_path: Path,
+    fate: str,
+    kind: type[Doomed] = Doomed,
+    inputs: Mapping[str, Published | str] | None = None,
+) -> DatasetTask:
     marks = tmp_path / "marks"
     marks.mkdir(parents=True)
-    return DatasetTask(kind(marks, fate), 0, "0" * 16, "round=00/models", {})
+    return DatasetTask(kind(marks, fate), 0, "0" * 16, "round=00/models", dict(inputs or {}))
+
+
+def publish_images(store: Store) -> Record:
+    """A record of a tar and of a table, as `assemble` publishes them."""
+    paths = ("dataset/0.tar", "dataset/index.parquet")
+    for path in paths:
+        store.write_bytes(path, b"bytes")
+    record = Record(
+        stage="assemble",
+        stage_version=1,
+        round=0,
+        shard="all",
+        fingerprint="00",
+        payloads=tuple(Payload(path=path, bytes=5, sha256="00") for path in paths),
+        code_version="test",
+        started=0,
+        finished=0,
+    )
+    store.publish(record)
+    return record
 
 
 def test_an_error_that_would_come_again_is_told_once(tmp_path: Path, board) -> None:
@@ -81,14 +122,21 @@ def test_an_error_that_would_come_again_is_told_once(tmp_path: Path, board) -> N
 
 
 def test_a_worker_that_dies_is_started_again_and_trains_only_what_is_not_published(
-    tmp_path: Path, board
+    tmp_path: Path, bucket: str, board
 ) -> None:
-    store = Store(str(tmp_path / "run"))
-    tasks = [task_of(tmp_path / "1", "works"), task_of(tmp_path / "2", "dies", Second)]
+    store = Store(f"{bucket}/run")
+    reads = {"train": Published((publish_images(store).name,), "*")}
+    tasks = [
+        task_of(tmp_path / "1", "works", Reads, reads),
+        task_of(tmp_path / "2", "dies", Second, reads),
+    ]
     run_training(store, tasks, CONFIG, board)
     assert all(store.exists(task.record) for task in tasks)
     starts = [len(list((tmp_path / part / "marks").iterdir())) for part in ("1", "2")]
     assert starts == [1, 2]
+    # What the workers had fetched of the images is given back; tables stay.
+    copies = [path.name for path in (store.cache / "dataset").iterdir()]
+    assert copies == ["index.parquet"]
 
 
 def test_a_worker_that_dies_while_it_is_started_is_started_again(

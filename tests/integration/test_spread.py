@@ -11,6 +11,7 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from pipeline.engine import cluster
 from pipeline.engine.board import Board
 from pipeline.engine.dataset import run_dataset
 from pipeline.engine.spread import SharedFile, Spread, machines
@@ -69,6 +70,19 @@ def test_work_gets_the_share_of_a_gpu_that_it_asks_for(tmp_path: Path, two_nodes
 
     assert spread.map(lent, [0, 1]) == [[], []]
     assert spread.map(lent, [0, 1], gpus=0.5) == [["0"], ["0"]]
+
+
+def node(*_: object) -> str:
+    return ray.get_runtime_context().get_node_id()  # type: ignore[no-any-return]
+
+
+def test_what_outlives_workers_is_on_the_node_of_the_driver(two_nodes: None) -> None:
+    for _ in range(4):  # Ray's own choice for actors without a CPU is random
+        board = cluster._board()
+        shared = ray.get(board.shared.remote("download", node))  # on the node of its board
+        assert ray.get(shared.ask.remote()) == node()
+        ray.kill(shared)
+        ray.kill(board)
 
 
 class Lent(EvaluateStage):
