@@ -129,6 +129,17 @@ class DatasetTask:
     def record(self) -> str:
         return record_name(self.name, self.round, "all", self.fingerprint)
 
+    @property
+    def reads(self) -> list[str]:
+        """The records of whole-round stages that it reads, sorted; shards have too many to name."""
+        names: set[str] = set()
+        for source in self.inputs.values():
+            if isinstance(source, Published):
+                names.update(source.records)
+            elif source.startswith(MADE_HERE):
+                names.add(source.removeprefix(MADE_HERE).partition("#")[0])
+        return sorted(name for name in names if "/all-" in name)
+
 
 def print_of(record: str) -> str:
     """The fingerprint in a record's name."""

@@ -3,8 +3,9 @@
 A tombstone counts at once. Download does not ask for the image any more, no model sees it, the
 report and `inspect` do not show it, and every round that is not finished selects anew without it:
 texts that a survivor carried for it leave, and the cluster of a removed survivor chooses again.
-The command says which models have seen the samples. Files of finished rounds stay as they are,
-unless `pipeline.scrub` takes the samples out of them.
+The command says which models have seen the samples, unfinished ones and those of an earlier config
+too. Files of finished rounds stay as they are, unless `pipeline.scrub` takes the samples out of
+them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.records import Record, fingerprint
-from pipeline.runfolder import Round, read_rounds, tables
+from pipeline.runfolder import CHECKPOINTS, tables
 from pipeline.store import Store
 from pipeline.tombstones import STAGE, names, read_removed
 from pipeline.version import code_version
@@ -51,7 +52,7 @@ class Forgotten:
     new: bool
     """False where all of it was forgotten before."""
     seen_by: tuple[str, ...]
-    """Folders of models, and training sets, that the samples had a part in."""
+    """Folders of training sets, models and checkpoints that the samples had a part in."""
 
 
 def read_list(path: Path, kind: Kind) -> list[str]:
@@ -85,15 +86,14 @@ def forget(store: Store, kind: Kind, values: Sequence[str]) -> Forgotten:
         StoreError: the run folder cannot be read or written.
     """
     started = time.time()
-    rounds = read_rounds(store)
     published = store.record_names()
-    table = _resolve(store, kind, values, _downloads(store, published))
+    table = _resolve(store, kind, values, _of_stage(store, published, "download"))
     samples = set(filter(None, table["sample_id"].to_pylist()))
     before = read_removed(store)
     hashes = set(filter(None, table["sha256"].to_pylist()))
     new = not (samples <= before.samples and hashes <= before.hashes)
     seen_by = _noted(store, published, samples)
-    seen_by |= dict.fromkeys(_seen_by(store, rounds, published, samples))
+    seen_by |= dict.fromkeys(_seen_by(store, published, samples))
     if new:
         _publish(store, table, seen_by, started)
     known = _known(store, samples, published)
@@ -112,16 +112,12 @@ def catch_up(store: Store) -> None:
     if not before.hashes:
         return
     published = store.record_names()
-    found = _resolve(store, "hash", sorted(before.hashes), _downloads(store, published))
+    found = _resolve(store, "hash", sorted(before.hashes), _of_stage(store, published, "download"))
     new = pc.invert(among(found["sample_id"], before.samples))
     table = found.filter(pc.and_(new, pc.is_valid(found["sample_id"])))
     if table.num_rows:
         samples = set(table["sample_id"].to_pylist())
-        _publish(store, table, _seen_by(store, read_rounds(store), published, samples), started)
-
-
-def _downloads(store: Store, published: set[str]) -> list[Record]:
-    return store.read_records(name for name in published if "/stage=download/" in name)
+        _publish(store, table, _seen_by(store, published, samples), started)
 
 
 def _resolve(
@@ -185,32 +181,61 @@ def _known(store: Store, samples: set[str], published: set[str]) -> set[str]:
     """Those of the samples that a source of the run has."""
     known: set[str] = set()
     wanted = pa.array(sorted(samples), pa.string())
-    for record in store.read_records(n for n in published if "/stage=sources/" in n):
+    for record in _of_stage(store, published, "sources"):
         for one in tables(record):
             column = store.read_table(one.payload, ["sample_id"])["sample_id"]
             known.update(column.filter(pc.is_in(column, wanted)).to_pylist())
     return known
 
 
-def _seen_by(
-    store: Store, rounds: Iterable[Round], published: set[str], samples: set[str]
-) -> Iterable[str]:
-    """Models that were trained on one of the samples, and the training sets that hold them."""
-    for round_ in rounds:
-        records = store.read_records(set(round_.records.get("assemble", ())) & published)
-        sources: set[str] = set()
-        for record in records:
-            for one in tables(record):
-                index = store.read_table(one.payload, ["sample_id", "origin", "source"])
-                rows = index.to_pylist()
-                sources |= {r["source"] for r in rows if {r["sample_id"], r["origin"]} & samples}
-            if sources:
-                yield record.payloads[0].path.rpartition("/")[0] + "/"
-        for stage, model in _MODELS.items():
-            # The captioner and the filter are tuned on human pairs, but start from MED.
-            for name in set(round_.records.get(stage, ())) & published if sources else ():
-                for payload in store.read_record(name).payloads:
-                    folder, found, _ = payload.path.partition(f"/{model}/")
-                    if found:
-                        yield f"{folder}/{model}/"
-                        break
+def _seen_by(store: Store, published: set[str], samples: set[str]) -> list[str]:
+    """The training sets that hold one of the samples, and the models and unfinished checkpoints
+    that were trained on these; those of before a config change too, which no plan names any more.
+    """
+    seen: set[str] = set()
+    places: dict[str, None] = {}
+    for record in _of_stage(store, published, "assemble"):
+        if _holds(store, record, frozenset(samples)):
+            seen.add(record.name)
+            places[record.payloads[0].path.rpartition("/")[0] + "/"] = None
+    # The captioner and the filter are tuned on human pairs, but start from MED.
+    for stage, model in _MODELS.items():
+        for record in _of_stage(store, published, stage):
+            if _has_read(record, seen):
+                seen.add(record.name)
+                attempts = (p.path.partition(f"/{model}/") for p in record.payloads)
+                places |= {f"{folder}/{model}/": None for folder, found, _ in attempts if found}
+    if seen:
+        places |= dict.fromkeys(_unfinished(store, seen))
+    return sorted(places, key=lambda place: place.partition("/")[0])
+
+
+def _of_stage(store: Store, published: set[str], stage: str) -> list[Record]:
+    return store.read_records(name for name in published if f"/stage={stage}/" in name)
+
+
+def _holds(store: Store, assemble: Record, samples: frozenset[str]) -> bool:
+    """Whether a training set has a pair of one of the samples."""
+    for one in tables(assemble):
+        index = store.read_table(one.payload, ["sample_id", "origin"])
+        if any(pc.any(among(column, samples)).as_py() for column in index.columns):
+            return True
+    return False
+
+
+def _has_read(record: Record, seen: set[str]) -> bool:
+    """Whether a model comes from one of these records. Where it does not say, of a code that did
+    not write it down, it may be any training set of its round."""
+    if "reads" in record.details:
+        return not seen.isdisjoint(json.loads(record.details["reads"]))
+    of_round = f"records/round={record.round:02d}/"
+    return any(name.startswith(of_round) for name in seen)
+
+
+def _unfinished(store: Store, seen: set[str]) -> Iterable[str]:
+    """Folders of checkpoints of training that is under way, or was given up."""
+    for path in sorted(store.files(CHECKPOINTS)):
+        if path.endswith("/last.json"):
+            reads = (store.read_json(path) or {}).get("reads")  # it may just have been finished
+            if reads is None or not seen.isdisjoint(reads):
+                yield path.removesuffix("last.json")

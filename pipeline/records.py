@@ -39,7 +39,8 @@ class Record(Config):
     details: dict[str, str] = Field(default_factory=dict)
     """What else is known of the work: ``weights`` of a model stage (what stood for them in the
     fingerprint) and the ``batch_size`` it ran with; ``file``, ``kind`` and ``identity`` of an
-    ingested file; ``scrubbed``, when removed samples were last taken out of its files (UTC)."""
+    ingested file; ``reads``, a JSON list of the records of whole-round stages that a whole-round
+    stage has read; ``scrubbed``, when removed samples were last taken out of its files (UTC)."""
     code_version: str
     token: int | None = None
     """Of the lease under which it was published; None for what needs none. See `pipeline.lease`."""

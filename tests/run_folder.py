@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from pipeline.images import write_tar
 from pipeline.ledger import LedgerStage
-from pipeline.records import Payload, Record, fingerprint
+from pipeline.records import Payload, Record, fingerprint, record_name
 from pipeline.store import Store
 from stages.assemble import AssembleConfig, AssembleStage
 from stages.base import DatasetStage, LocalContext
@@ -29,6 +29,7 @@ from stages.schemas import (
     METRICS,
     SCORES,
     SOURCES,
+    TRAINING_INDEX,
     TRAINING_LOG,
 )
 from stages.select import SelectConfig, SelectStage
@@ -62,15 +63,17 @@ class _Run:
         shard: str,
         payloads: Sequence[Payload],
         counts: Mapping[str, int],
+        reads: Sequence[str] = (),
     ) -> str:
         record = Record(
             stage=stage,
             stage_version=1,
             round=round_,
             shard=shard,
-            fingerprint=fingerprint(stage, 1, None, str(round_), shard),
+            fingerprint=fingerprint(stage, 1, None, str(round_), shard, *reads),
             payloads=tuple(payloads),
             counts=dict(counts),
+            details={"reads": json.dumps(list(reads))} if reads else {},
             code_version="0.1.0",
             started=self.clock,
             finished=self.clock + 1,
@@ -92,10 +95,17 @@ class _Run:
         payloads.append(self.store.put_table(f"{scope}stage={stage}/shard={shard}", table))
         return self.publish(stage, round_, shard, payloads, counts)
 
-    def dataset(self, stage: str, round_: int, folder: Path, below: str | None = None) -> str:
+    def dataset(
+        self,
+        stage: str,
+        round_: int,
+        folder: Path,
+        below: str | None = None,
+        reads: Sequence[str] = (),
+    ) -> str:
         """A whole-round stage that wrote ``folder``."""
         target = f"round={round_:02d}/{below or f'stage={stage}'}"
-        return self.publish(stage, round_, "all", self.store.put_folder(target, folder), {})
+        return self.publish(stage, round_, "all", self.store.put_folder(target, folder), {}, reads)
 
     def table(self, stage: str, round_: int, file: str, table: pa.Table) -> str:
         import pyarrow.parquet as pq
@@ -167,6 +177,20 @@ def publish_download(store: Store, shard: str, image: str, name: str) -> str:
     return _Run(store).shard("download", None, shard, filled(DOWNLOAD, [row]))
 
 
+def publish_training(store: Store, number: int, sample: str, config: str) -> dict[str, list[str]]:
+    """What another config has left in round ``number``: a training set of one pair of ``sample``
+    and the models that were trained on it. Returns stage → records."""
+    import pyarrow.parquet as pq
+
+    run = _Run(store)
+    select = record_name("select", number, "all", fingerprint("select", 1, None, config))
+    row = {"pair_id": pair_id(sample, "web", ""), "sample_id": sample, "origin": sample}
+    with tempfile.TemporaryDirectory() as scratch:
+        pq.write_table(filled(TRAINING_INDEX, [row]), Path(scratch) / "index.parquet")
+        assemble = run.dataset("assemble", number, Path(scratch), "dataset", [select])
+    return {"assemble": [assemble], **_models(run, number, assemble)}
+
+
 def _downloads() -> dict[str, pa.Table]:
     """Shard → its download table; ``gone`` is a dead link, the second cat repeats the first."""
     tables = {}
@@ -221,7 +245,7 @@ def _round(
         "select": [select],
         "assemble": [assemble],
         "ledger": [ledger],
-        **_models(run, number),
+        **_models(run, number, assemble),
         "evaluate": [run.table("evaluate", number, "metrics.parquet", _metrics(number))],
         "gate": [_gate(run, number)],
     }
@@ -261,11 +285,11 @@ def _clusters(downloads: Mapping[str, pa.Table]) -> pa.Table:
     return filled(CLUSTERS, [{"sample_id": s, "cluster_id": s} for s in sorted(samples)])
 
 
-def _models(run: _Run, number: int) -> dict[str, list[str]]:
+def _models(run: _Run, number: int, assemble: str) -> dict[str, list[str]]:
     """Training stages, each a folder with a model and a log."""
     import pyarrow.parquet as pq
 
-    found = {}
+    found: dict[str, list[str]] = {}
     for stage, model in (
         ("pretrain", "med"),
         ("finetune_captioner", "captioner"),
@@ -276,7 +300,8 @@ def _models(run: _Run, number: int) -> dict[str, list[str]]:
             (Path(scratch) / model / "config.json").write_text("{}")
             log = [{"stage": stage, "step": step, "loss": 1.0 / step} for step in (1, 2)]
             pq.write_table(filled(TRAINING_LOG, log), Path(scratch) / "log.parquet")
-            found[stage] = [run.dataset(stage, number, Path(scratch), "models")]
+            reads = [assemble, *found.get("pretrain", ())]
+            found[stage] = [run.dataset(stage, number, Path(scratch), "models", reads)]
     return found
 
 

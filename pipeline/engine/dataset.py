@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from pipeline.engine.shard import open_model
 from pipeline.engine.spread import Spread
 from pipeline.in_turn import InTurn
 from pipeline.records import Record
+from pipeline.runfolder import CHECKPOINTS
 from pipeline.store import Store
 from pipeline.version import code_version
 from stages.errors import CapfiltError, RunError
@@ -73,9 +75,10 @@ class Checkpoints:
     leaves the previous checkpoint or the new one.
     """
 
-    def __init__(self, store: Store, name: str) -> None:
-        self._store = store
-        self._folder = f"scratch/checkpoints/{name}"
+    def __init__(self, store: Store, name: str, reads: Sequence[str] = ()) -> None:
+        """``reads``: records that the work reads, written down for `pipeline.forget`."""
+        self._store, self._reads = store, list(reads)
+        self._folder = f"{CHECKPOINTS}/{name}"
         self._pointer = f"{self._folder}/last.json"
 
     def save(self, write: Callable[[Path], None]) -> None:
@@ -84,7 +87,7 @@ class Checkpoints:
             write(Path(scratch))
             payloads = self._store.put_folder(self._folder, Path(scratch))
         folder = "/".join(payloads[0].path.split("/")[:4])
-        self._store.write_json(self._pointer, {"folder": folder})
+        self._store.write_json(self._pointer, {"folder": folder, "reads": self._reads})
         if before is not None:
             self._store.remove(before["folder"])
 
@@ -138,6 +141,7 @@ def publish_folder(task: DatasetTask, store: Store, output: Path, started: float
         shard="all",
         fingerprint=task.fingerprint,
         payloads=store.put_folder(task.folder, output),
+        details={"reads": json.dumps(task.reads)},
         code_version=code_version(),
         started=started,
         finished=time.time(),

@@ -47,7 +47,7 @@ class TrainContext(StageContext):
     """`stages.base.Context` of one rank of a worker group."""
 
     def __init__(self, task: DatasetTask, store: Store, board: Any) -> None:
-        checkpoints = Checkpoints(store, f"{task.name}-{task.fingerprint}")
+        checkpoints = Checkpoints(store, f"{task.name}-{task.fingerprint}", task.reads)
         super().__init__(task.name, store, board, checkpoints)
         context = ray.train.get_context()
         self.rank = context.get_world_rank()

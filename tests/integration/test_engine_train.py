@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pipeline.config import EngineConfig
 from pipeline.dag import DatasetTask, Published
 from pipeline.engine import train
 from pipeline.engine.cluster import connected
+from pipeline.engine.dataset import publish_folder
 from pipeline.engine.train import run_training
 from pipeline.records import Payload, Record
 from pipeline.store import Store
@@ -36,6 +38,7 @@ class Doomed(DatasetStage):
         first = not list(self.marks.iterdir())
         (self.marks / str(time.time_ns())).touch()
         if self.fate == "diverges":
+            ctx.save(lambda folder: (folder / "step").touch())
             raise TrainingError("pretrain: step 3 of 9: the loss is nan")
         if first and self.fate == "dies":
             os._exit(7)
@@ -83,6 +86,12 @@ def board(tmp_path_factory, bucket: str):  # Ray's workers inherit the way to th
         yield board
 
 
+def left_unfinished(store: Store) -> list[dict[str, Any]]:
+    """What the pointers to checkpoints say."""
+    found = [path for path in store.files("scratch/checkpoints") if path.endswith("/last.json")]
+    return [store.read_json(path) for path in found]
+
+
 def task_of(
     tmp_path: Path,
     fate: str,
@@ -115,10 +124,14 @@ def publish_images(store: Store) -> Record:
 
 
 def test_an_error_that_would_come_again_is_told_once(tmp_path: Path, board) -> None:
-    task = task_of(tmp_path, "diverges")
+    store = Store(str(tmp_path / "run"))
+    before = task_of(tmp_path / "before", "works", Second)
+    record = publish_folder(before, store, tmp_path / "before", 0.0)
+    task = replace(task_of(tmp_path, "diverges"), inputs={"train": Published((record.name,), "*")})
     with pytest.raises(TrainingError, match="step 3 of 9: the loss is nan"):
-        run_training(Store(str(tmp_path / "run")), [task], CONFIG, board)
+        run_training(store, [task], CONFIG, board)
     assert len(list((tmp_path / "marks").iterdir())) == 1
+    assert [pointer["reads"] for pointer in left_unfinished(store)] == [[record.name]]
 
 
 def test_a_worker_that_dies_is_started_again_and_trains_only_what_is_not_published(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import main
 from pipeline.config import parse
+from pipeline.engine.dataset import Checkpoints
 from pipeline.forget import catch_up, forget, read_list
 from pipeline.inspect import Query, read_views
 from pipeline.progress import Screen
@@ -20,7 +22,7 @@ from pipeline.tombstones import names, read_removed
 from pipeline.verify import verify
 from stages.errors import UserError
 from stages.ids import media_url, sample_id
-from tests.run_folder import make_run, publish_download
+from tests.run_folder import make_run, publish_download, publish_training
 
 CONFIG = {
     "sources": [{"path": "web.parquet"}],
@@ -58,6 +60,60 @@ def test_models_that_have_seen_them_are_named(store: Store) -> None:
     assert {"med", "captioner", "filter"} <= kinds
     assert all(store.exists(place) for place in seen)
     assert forget(store, "id", [sample_id("gone")]).seen_by == ()
+
+
+def test_models_of_before_a_config_change_are_named(store: Store) -> None:
+    """No plan names them, but they lie in the run folder."""
+    left = publish_training(store, 1, sample_id("only then"), "before")
+    others = publish_training(store, 1, sample_id("never asked for"), "long before")
+    seen = forget(store, "id", [sample_id("only then")]).seen_by
+    assert set(seen) == folders(store, left)
+    assert len(seen) == 4  # the training set, MED, captioner and filter
+    assert not folders(store, others).intersection(seen)
+
+
+def test_a_model_that_does_not_say_what_it_was_trained_on_is_named(store: Store) -> None:
+    left = publish_training(store, 1, sample_id("only then"), "before")
+    for stage in ("pretrain", "finetune_captioner", "finetune_filter"):
+        record = store.read_record(left[stage][0])
+        store.replace(record.model_copy(update={"details": {}}))
+    found = forget(store, "id", [sample_id("only then")])
+    assert set(found.seen_by) == folders(store, left)
+
+
+def test_unfinished_checkpoints_are_named(store: Store) -> None:
+    left = publish_training(store, 1, sample_id("only then"), "before")
+    others = publish_training(store, 1, sample_id("never asked for"), "long before")
+    for name, reads in (
+        ("pretrain-of-then", left["assemble"]),
+        ("finetune_filter-of-then", left["pretrain"]),
+        ("pretrain-of-another", others["assemble"]),
+    ):
+        Checkpoints(store, name, reads).save(lambda folder: (folder / "step").touch() or None)
+    found = forget(store, "id", [sample_id("only then")])
+    unfinished = [place for place in found.seen_by if place.startswith("scratch/")]
+    assert unfinished == [
+        "scratch/checkpoints/finetune_filter-of-then/",
+        "scratch/checkpoints/pretrain-of-then/",
+    ]
+    assert all(store.exists(place) for place in unfinished)
+
+
+def folders(store: Store, records: Mapping[str, Sequence[str]]) -> set[str]:
+    """Those of a training set and its models."""
+    found = set()
+    for name in records["assemble"]:
+        found.add(store.read_record(name).payloads[0].path.rpartition("/")[0] + "/")
+    for stage, model in (
+        ("pretrain", "med"),
+        ("finetune_captioner", "captioner"),
+        ("finetune_filter", "filter"),
+    ):
+        (record,) = store.read_records(records[stage])
+        (config,) = (p.path for p in record.payloads if p.path.endswith("config.json"))
+        assert config.endswith(f"/{model}/config.json")
+        found.add(config.removesuffix("config.json"))
+    return found
 
 
 def test_hashes_find_images_whatever_their_url(store: Store) -> None:

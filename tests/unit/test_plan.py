@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ import pytest
 from pipeline.config import RunConfig, parse
 from pipeline.course import labelled
 from pipeline.dag import Published, print_of, stage_input
+from pipeline.engine.dataset import publish_folder
 from pipeline.plan import Model, Sharing, content_of, evaluation_sets, plan_round, probes
+from pipeline.store import Store
 from stages.errors import SourceError
 from stages.schemas import DOWNLOAD
 from tests.tables import filled
@@ -192,3 +195,17 @@ def test_the_images_of_human_pairs_reach_embed() -> None:
     known = {"source": "human", "status": "success", "sha256": "00"}
     rows = [known | {"sample_id": "a", "image": b"1"}, known | {"sample_id": "a", "image": None}]
     assert stage_input("embed", {"download": filled(DOWNLOAD, rows)}).num_rows == 1
+
+
+def test_models_say_which_training_set_and_model_they_come_from(tmp_path: Path) -> None:
+    plan = plan_round(config(), 1, SHARDS, MODELS, None, {})
+    assemble, pretrain = plan.task("assemble").record, plan.task("pretrain").record
+    assert plan.task("pretrain").reads == [assemble]
+    for stage in ("finetune_captioner", "finetune_filter"):
+        assert plan.task(stage).reads == [assemble, pretrain]
+    # Of 100,000 shards a record cannot name each.
+    assert plan.task("select").reads == [plan.task("dedup").record]
+    store = Store(str(tmp_path / "run"))
+    (tmp_path / "made").mkdir()
+    record = publish_folder(plan.task("pretrain"), store, tmp_path / "made", 0.0)
+    assert json.loads(store.read_record(record.name).details["reads"]) == [assemble]
