@@ -17,6 +17,7 @@ from pipeline.runfolder import STAGES, Round, read_rounds, table_names, tables
 from pipeline.store import Store
 from pipeline.terminal import clean, grid, size
 from pipeline.tombstones import read_removed
+from stages.database import unglobbed
 from stages.errors import UserError
 
 _WIDE = 6
@@ -174,7 +175,7 @@ class Query:
         for name, view in self._views.items():
             if self._store.is_local or re.search(rf"\b{name}\b", sql, re.IGNORECASE):
                 paths = [str(self._store.local_copy(payload.path)) for payload in view.files]
-                patterns = [_unglobbed(path) for path in paths]
+                patterns = [unglobbed(path) for path in paths]
                 # What is looked for is checked as well as what is found.
                 allowed += dict.fromkeys([*paths, *patterns])
                 listed = ", ".join(map(_literal, patterns))
@@ -198,11 +199,6 @@ class Query:
 
 def _literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
-
-
-def _unglobbed(path: str) -> str:
-    """A path that DuckDB takes as it stands, were there ``*`` or ``[`` in a folder's name."""
-    return re.sub(r"([*?\[])", r"[\1]", path)
 
 
 # ---- on the screen ---------------------------------------------------------------------------

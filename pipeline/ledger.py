@@ -7,20 +7,21 @@ select, so that a row or a pair that anything drops, doubles or invents is found
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from stages.base import Context, DatasetStage, read_table
+from stages.base import Context, DatasetStage, batches
+from stages.database import add_view, database
 from stages.download import STATUSES
 from stages.errors import LedgerError
 from stages.hosts import by_host
 from stages.ids import failed_caption_id, pair_id
 from stages.schemas import (
-    CAPTIONS,
     DOWNLOAD,
     LEDGER,
     PAIR_STATES,
@@ -62,10 +63,14 @@ def balance(inputs: Mapping[str, Sequence[Path]]) -> pa.Table:
     Raises:
         LedgerError: an account does not balance; says which, by how much, and an id to look at.
     """
-    with duckdb.connect(":memory:", config={"autoinstall_known_extensions": False}) as connection:
+    with tempfile.TemporaryDirectory() as scratch, database(Path(scratch)) as connection:
         for name, (schema, columns) in _READS.items():
-            connection.register(name, read_table(inputs.get(name, ()), schema, columns))
-        connection.register("pairs_in", _pairs_in(inputs))
+            add_view(connection, name, inputs.get(name, ()), schema, columns)
+        connection.execute("CREATE TABLE ids (pair_id VARCHAR)")
+        for found in _pairs_in(inputs):
+            connection.register("more", pa.table({"pair_id": pa.array(found, pa.string())}))
+            connection.execute("INSERT INTO ids FROM more")
+        connection.execute("CREATE TABLE pairs_in AS SELECT DISTINCT pair_id FROM ids")
         _check_rows(connection)
         _check_pairs(connection)
         if "index" in inputs:
@@ -73,22 +78,23 @@ def balance(inputs: Mapping[str, Sequence[Path]]) -> pa.Table:
         return check(connection.sql(_LEDGER).to_arrow_table(), LEDGER, "ledger")
 
 
-def _pairs_in(inputs: Mapping[str, Sequence[Path]]) -> pa.Table:
-    """One row a distinct pair that has to be accounted for."""
-    pairs: dict[str, None] = {}
-    for file in inputs["download"]:
-        table = read_table([file], DOWNLOAD, ["sample_id", "source", "text", "status"])
-        for row in table.to_pylist():
-            if row["status"] == "success":
-                pairs[pair_id(row["sample_id"], row["source"], row["text"] or "")] = None
-    for file in inputs.get("captions", ()):
-        table = read_table([file], CAPTIONS, ["sample_id", "caption_index", "text", "status"])
-        for row in table.to_pylist():
-            if row["status"] == "success":
-                pairs[pair_id(row["sample_id"], "synthetic", row["text"] or "")] = None
-            else:
-                pairs[failed_caption_id(row["sample_id"], row["caption_index"])] = None
-    return pa.table({"pair_id": pa.array(list(pairs), pa.string())})
+def _pairs_in(inputs: Mapping[str, Sequence[Path]]) -> Iterator[list[str]]:
+    """The pairs that have to be accounted for, some of them several times, a few thousand each
+    time."""
+    for table in batches(inputs["download"], ["sample_id", "source", "text", "status"]):
+        yield [
+            pair_id(row["sample_id"], row["source"], row["text"] or "")
+            for row in table.to_pylist()
+            if row["status"] == "success"
+        ]
+    columns = ["sample_id", "caption_index", "text", "status"]
+    for table in batches(inputs.get("captions", ()), columns):
+        yield [
+            pair_id(row["sample_id"], "synthetic", row["text"] or "")
+            if row["status"] == "success"
+            else failed_caption_id(row["sample_id"], row["caption_index"])
+            for row in table.to_pylist()
+        ]
 
 
 def _check_rows(connection: duckdb.DuckDBPyConnection) -> None:
@@ -118,37 +124,41 @@ def _compare(
     connection: duckdb.DuckDBPyConnection, account: str, key: str, expected: str, found: str
 ) -> None:
     """Both sides hold the same ids, each once. The sides are SQL, from FROM on."""
-    counts = connection.execute(
+    (counts,) = connection.execute(
         f"SELECT (SELECT count(*) {expected}), (SELECT count(*) {found})"
-    ).fetchone()
+    ).fetchall()
     missing = _ids(connection, f"SELECT {key} {expected} EXCEPT SELECT {key} {found}")
     extra = _ids(connection, f"SELECT {key} {found} EXCEPT SELECT {key} {expected}")
     twice = _ids(connection, f"SELECT {key} {found} GROUP BY {key} HAVING count(*) > 1")
     repeated = _ids(connection, f"SELECT {key} {expected} GROUP BY {key} HAVING count(*) > 1")
     kinds = {"missing": missing, "unexpected": extra, "found twice": twice, "in twice": repeated}
-    problems = [f"{len(ids)} {kind}, first {key} {ids[0]}" for kind, ids in kinds.items() if ids]
+    problems = [f"{n} {kind}, first {key} {first}" for kind, (n, first) in kinds.items() if n]
     if problems:
-        assert counts is not None
         raise LedgerError(
             f"ledger: {account}: expected {counts[0]}, found {counts[1]}: {'; '.join(problems)}"
         )
 
 
-def _ids(connection: duckdb.DuckDBPyConnection, query: str) -> list[str]:
-    return [str(row[0]) for row in connection.execute(f"{query} ORDER BY 1").fetchall()]
+def _ids(connection: duckdb.DuckDBPyConnection, query: str) -> tuple[int, str | None]:
+    """How many ids ``query`` finds, and the first of them."""
+    (found,) = connection.execute(f"SELECT count(*), min(id) FROM ({query}) AS t(id)").fetchall()
+    return found
 
 
 def _check_states(
     connection: duckdb.DuckDBPyConnection, account: str, key: str, allowed: Sequence[str]
 ) -> None:
-    query = f"SELECT {key}, state FROM {account} WHERE state IS NULL OR state NOT IN $allowed"
-    wrong = connection.execute(f"{query} ORDER BY 1", {"allowed": list(allowed)}).fetchall()
+    query = f"SELECT {key}, state, count(*) OVER () FROM {account} WHERE {_NOT_FINAL}"
+    wrong = connection.execute(f"{query} ORDER BY 1 LIMIT 1", {"allowed": list(allowed)}).fetchone()
     if wrong:
+        first, state, count = wrong
         raise LedgerError(
-            f"ledger: {account}: {len(wrong)} without a final state, first {key} {wrong[0][0]}: "
-            f"{wrong[0][1]!r} is not one of {', '.join(allowed)}"
+            f"ledger: {account}: {count} without a final state, first {key} {first}: "
+            f"{state!r} is not one of {', '.join(allowed)}"
         )
 
+
+_NOT_FINAL = "state IS NULL OR state NOT IN $allowed"
 
 _READS: Mapping[str, tuple[pa.Schema, tuple[str, ...]]] = {
     "sources": (SOURCES, ("row_id", "source")),

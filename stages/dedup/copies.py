@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from stages.base import Context, DatasetStage
+from stages.database import database
 from stages.dedup.config import SharingConfig
 from stages.dedup.hashes import within
 from stages.dedup.images import Rows, load_images
@@ -51,7 +52,7 @@ class CopiesStage(DatasetStage):
         self.shards = tuple(shards)
 
     def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
-        with tempfile.TemporaryDirectory() as scratch, _database(Path(scratch)) as connection:
+        with tempfile.TemporaryDirectory() as scratch, database(Path(scratch)) as connection:
             self._register(connection, inputs)
             connection.execute(_OCCURRENCES)
             pictures = connection.sql(_PICTURES).to_arrow_table()
@@ -111,15 +112,6 @@ class CopiesStage(DatasetStage):
             if leads[place] == place and leads[lead] == lead:
                 leads[place] = lead
         return leads
-
-
-def _database(scratch: Path) -> duckdb.DuckDBPyConnection:
-    """What does not fit in memory goes to ``scratch``."""
-    settings: dict[str, str | bool | int | float | list[str]] = {
-        "autoinstall_known_extensions": False,
-        "temp_directory": str(scratch / "spilled"),
-    }
-    return duckdb.connect(str(scratch / "copies.duckdb"), config=settings)
 
 
 def _candidates(
