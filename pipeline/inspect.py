@@ -19,6 +19,7 @@ from pipeline.terminal import clean, grid, size
 from pipeline.tombstones import read_removed
 from stages.database import unglobbed
 from stages.errors import UserError
+from stages.hosts import BY_HOST
 
 _WIDE = 6
 """Rows of more columns than this are printed one column a line."""
@@ -119,7 +120,8 @@ class Query:
     """SQL over the tables of one round, in memory.
 
     A view for every table, named as `runfolder.table_names` has it, and one for a stage that
-    writes a single table. Only the published files can be opened, only one SELECT can be asked:
+    writes a single table. Until a ledger has counted ``hosts`` they are counted from the downloads
+    that there are. Only the published files can be opened, only one SELECT can be asked:
     no other file, no network, no extension, nothing written.
     """
 
@@ -133,10 +135,11 @@ class Query:
             mine = _named(views, stage)
             if len(mine) == 1:
                 self._views.setdefault(stage, mine[0])
+        self._counts_hosts = "download" in self._views and "hosts" not in self._views
 
     @property
     def names(self) -> list[str]:
-        return list(self._views)
+        return [*self._views, *(["hosts"] if self._counts_hosts else [])]
 
     def run(self, sql: str, limit: int) -> tuple[list[str], Rows]:
         """Column names and at most ``limit`` rows of the answer.
@@ -172,8 +175,11 @@ class Query:
         hidden = pa.table({"sample_id": pa.array(sorted(self._hidden), pa.string())})
         connection.register("_hidden", hidden)
         allowed: list[str] = []
+        asked = {name for name in self.names if re.search(rf"\b{name}\b", sql, re.IGNORECASE)}
+        if self._counts_hosts and "hosts" in asked:
+            asked.add("download")
         for name, view in self._views.items():
-            if self._store.is_local or re.search(rf"\b{name}\b", sql, re.IGNORECASE):
+            if self._store.is_local or name in asked:
                 paths = [str(self._store.local_copy(payload.path)) for payload in view.files]
                 patterns = [unglobbed(path) for path in paths]
                 # What is looked for is checked as well as what is found.
@@ -184,6 +190,8 @@ class Query:
                     f"FROM read_parquet([{listed}], hive_partitioning=false)"
                     f"{self._visible(view)}"
                 )
+        if self._counts_hosts and "hosts" in asked:
+            connection.execute(f"CREATE VIEW hosts AS {BY_HOST}")
         listed = ", ".join(map(_literal, allowed))
         connection.execute(f"SET allowed_paths=[{listed}]")
         connection.execute("SET enable_external_access=false")

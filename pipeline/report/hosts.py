@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.inspect import Query
+from pipeline.inspect import Query, View
 from pipeline.report.collect import RoundFacts
 from pipeline.report.safe import plain
 from pipeline.store import Store
@@ -26,11 +26,9 @@ class Host:
 
 
 def read_hosts(store: Store, rounds: Sequence[RoundFacts]) -> list[Host]:
-    """The dozen hosts with most failures, of the last round that has counted them."""
-    facts = next((f for f in reversed(rounds) if "hosts" in f.views), None)
-    if facts is None:
-        return []
-    rows = Query(store, {"hosts": facts.views["hosts"]}).run(_WORST, 20 * _SHOWN)[1]
+    """The dozen hosts with most failures, among the last round's downloads as far as they are."""
+    views = _last_views(rounds)
+    rows = Query(store, views).run(_WORST, 20 * _SHOWN)[1] if views else ()
     failures: dict[str, Counter[str]] = {}
     totals: dict[str, int] = {}
     for host, status, code, count, total in rows:
@@ -48,6 +46,18 @@ def read_hosts(store: Store, rounds: Sequence[RoundFacts]) -> list[Host]:
         )
         for host, found in failures.items()
     ]
+
+
+def _last_views(rounds: Sequence[RoundFacts]) -> dict[str, View]:
+    """What tells of hosts: a ledger's count, unless a later round has downloaded more."""
+    last = next((f for f in reversed(rounds) if "download" in f.views), None)
+    if last is None:
+        return {}
+    for facts in reversed(rounds):
+        same = facts.views.get("download", last.views["download"]).files
+        if "hosts" in facts.views and same == last.views["download"].files:
+            return {"hosts": facts.views["hosts"]}
+    return {"download": last.views["download"]}
 
 
 _WORST = f"""

@@ -49,6 +49,16 @@ def test_without_a_stage_it_lists_what_there_is(store: Store) -> None:
     assert only and all(line.split()[0] == "0" for line in only)
 
 
+def test_hosts_can_be_asked_for_before_a_ledger_has_counted_them(store: Store) -> None:
+    ask = "SELECT * FROM hosts ORDER BY ALL"
+    views = read_views(store)[1]
+    downloaded = Query(store, {"download": views["download"]})
+    assert "hosts" in downloaded.names
+    names, rows = downloaded.run(ask, 9)
+    assert (names, rows) == Query(store, views).run(ask, 9)
+    assert ("web.test", "http_4xx", None, 1, "HTTP 404") in rows
+
+
 def test_a_stage_shows_schema_counts_and_rows(store: Store) -> None:
     said = look(store, "download")
     assert "round 1, download: 8 rows in 3 files" in said
