@@ -30,7 +30,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.records import Payload, Record, lease_name
-from stages.errors import LeaseLostError, StoreError
+from stages.errors import LeaseLostError, StoreError, from_remote_store
 
 _CHUNK = 1 << 20
 
@@ -106,8 +106,7 @@ class Store:
         except OSError as error:
             raise StoreError(f"run folder {self.url!r}: {doing}: {_one_line(error)}") from error
         except Exception as error:
-            # botocore's errors derive from Exception alone.
-            if type(error).__module__.partition(".")[0] not in _CLOUD_MODULES:
+            if not from_remote_store(error):
                 raise
             raise StoreError(f"run folder {self.url!r}: {doing}: {_one_line(error)}") from error
 
@@ -360,7 +359,6 @@ class Store:
         self.write_bytes(relative, json.dumps(value, indent=1, sort_keys=True).encode())
 
 
-_CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "az"})
 
 

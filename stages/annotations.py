@@ -5,7 +5,6 @@ One `Record` for each caption; captions of one image follow each other.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -140,6 +139,6 @@ def _locate(image: str | None, root: str) -> tuple[str | None, str | None, str |
     whole = "://" in image or image.startswith("/")
     place = image if whole else f"{root.rstrip('/')}/{image}"
     try:
-        return None, place, hashlib.sha256(media.read(place)).hexdigest()
+        return None, place, media.sha256(place)
     except OSError:
         return None, place, None

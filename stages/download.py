@@ -33,7 +33,8 @@ STATUSES = (
     # An earlier row has the same URL and text. A URL that comes with another text is fetched once,
     # and each of its rows has its status: there is no `duplicate_url`, the texts are all wanted.
     "duplicate_row",
-    "invalid_url",  # not http(s), or no address at all
+    "no_url",  # neither a URL nor a file that holds the image
+    "invalid_url",  # not http(s)
     "blocked_address",  # inside the network
     "dns",
     "refused",  # no connection
@@ -45,7 +46,7 @@ STATUSES = (
     "broken_response",  # not HTTP, reset, or cut short
     "opted_out",  # a header disallows the use
     "too_large",  # bytes or pixels
-    "unreadable",  # a file or tar member that is not there
+    "unreadable",  # a file or tar member that is not there, or whose store does not give it
     "hash_mismatch",  # other bytes than the source says
     "not_an_image",  # not one of the formats that are read
     "decode",  # an image by its first bytes, but damaged
@@ -57,8 +58,11 @@ STATUSES = (
 )
 
 
-RETRYABLE = frozenset({"dns", "refused", "timeout", "tls", "http_5xx", "broken_response", "failed"})
-"""Statuses of rows that may come another day; so may http_4xx with one of TRY_AGAIN_CODES."""
+RETRYABLE = frozenset(
+    {"dns", "refused", "timeout", "tls", "http_5xx", "broken_response", "unreadable", "failed"}
+)
+"""Statuses of rows that may come another day, files and their stores among them; so may http_4xx
+with one of TRY_AGAIN_CODES."""
 
 
 _Work: TypeAlias = tuple[list[str], Outcome | Callable[[], Outcome]]
@@ -84,7 +88,7 @@ class DownloadStage(ShardStage):
     """
 
     name = "download"
-    version = 5
+    version = 6
     input_schema = SOURCES
     output_schema = DOWNLOAD
 
@@ -131,7 +135,7 @@ class DownloadStage(ShardStage):
             elif row["media"] is not None:
                 of_media.setdefault(row["media"], []).append(row["sample_id"])
             else:
-                yield row["sample_id"], Outcome("invalid_url", "neither a URL nor an image file")
+                yield row["sample_id"], Outcome("no_url", "neither a URL nor an image file")
         # Closed at once if anything fails: the crawl ends, and gives back what it holds.
         with closing(self._work(of_media, of_url, hashes)) as work:
             for samples, outcome in _in_threads(work, self.config.decode_threads):

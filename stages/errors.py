@@ -79,3 +79,11 @@ def out_of_memory(error: BaseException | None) -> bool:
         return True
     message = str(error)
     return isinstance(error, RuntimeError) and any(told in message for told in _NO_MEMORY)
+
+
+_CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
+
+
+def from_remote_store(error: Exception) -> bool:
+    """Whether a cloud client raised it: botocore's errors derive from Exception alone."""
+    return type(error).__module__.partition(".")[0] in _CLOUD_MODULES

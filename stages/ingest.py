@@ -19,7 +19,7 @@ import pyarrow as pa
 from stages import ids
 from stages.annotations import ANNOTATIONS, read_annotations, read_json
 from stages.base import Config, Context, DatasetStage, operational
-from stages.errors import SourceError
+from stages.errors import SourceError, from_remote_store
 from stages.readers import (
     BATCH_ROWS,
     TABLES,
@@ -27,7 +27,6 @@ from stages.readers import (
     Record,
     SourceConfig,
     SourceFile,
-    from_remote_store,
     readable,
 )
 from stages.schemas import SOURCES

@@ -6,12 +6,16 @@ writes such names, never a text from the web.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import tarfile
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
+
+from stages.errors import from_remote_store
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
 
@@ -26,6 +30,18 @@ def split_name(media: str) -> tuple[str, str | None]:
     """(file, None) or (tar, member)."""
     found = _TAR_MEMBER.match(media)
     return (found[1], found[2]) if found else (media, None)
+
+
+def sha256(media: str) -> str:
+    """Of the bytes of one file (not of a tar's member), in hex; it may be of any size.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    import fsspec
+
+    with fsspec.open(media, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(media: str, max_bytes: int | None = None) -> bytes:
@@ -58,10 +74,22 @@ def read_many(
         try:
             _in_time(deadline)
             yield name, read(name, max_bytes)
-        except OSError as error:
-            yield name, error
+        except Exception as error:
+            problem = _problem(name, error)
+            if problem is None:
+                raise
+            yield name, problem
     for tar, wanted in tars.items():
         yield from _read_members(tar, wanted, max_bytes, deadline)
+
+
+def _problem(path: str, error: Exception) -> OSError | None:
+    """Why a file could not be read; None for what is no matter of the file but a bug."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, tarfile.TarError | EOFError | zlib.error) or from_remote_store(error):
+        return OSError(f"{path}: {error}")
+    return None
 
 
 def _in_time(deadline: float) -> None:
@@ -103,7 +131,9 @@ def _read_members(
                 yield name, member_bytes(tar, member, max_bytes)
             if not wanted:
                 return
-    except (OSError, tarfile.TarError, EOFError) as error:
-        problem = error if isinstance(error, OSError) else OSError(f"{path}: {error}")
+    except Exception as error:
+        problem = _problem(path, error)
+        if problem is None:
+            raise
     for member_left, name in wanted.items():
         yield name, problem or FileNotFoundError(f"no member {member_left} in {path}")

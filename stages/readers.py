@@ -27,7 +27,7 @@ from pydantic import Field, field_validator
 
 from stages import media
 from stages.base import PAGE_BUFFER, Config, record_batches
-from stages.errors import SourceError
+from stages.errors import SourceError, from_remote_store
 
 Kind = Literal["auto", "table", "webdataset", "human"]
 Origin = Literal["web", "human"]
@@ -37,8 +37,9 @@ TEXT_NAMES = ("text", "caption", "alt_text", "alt", "captions", "title", "descri
 
 _LOOK_AHEAD = 100  # rows of a JSONL or text file that decide what it holds
 BATCH_ROWS = 2_000  # a row takes some kB of Python objects while it is made
-_CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
 _LONGEST_FIELD = 16 * 1024 * 1024
+"""Characters of a field, line or text file at most: a longer one is no caption but the wrong file,
+and would fill the memory."""
 
 
 class SourceConfig(Config):
@@ -195,11 +196,11 @@ def read_webdataset(file: SourceFile) -> Iterator[Record]:
     for _, members in itertools.groupby(_members(file.path), key=lambda member: member[0]):
         image: tuple[str, str] | None = None
         texts: dict[str, list[str]] = {}
-        for _, name, extension, data in members:
+        for _, name, extension, content in members:
             if extension in media.IMAGE_EXTENSIONS:
-                image = image or (name, hashlib.sha256(data).hexdigest())
+                image = image or (name, content)
             else:
-                texts[extension] = _member_texts(extension, data, file.config.text_column)
+                texts[extension] = _member_texts(extension, content, file.config.text_column)
         for text in next(
             (texts[kind] for kind in ("txt", "caption", "json") if kind in texts), [""]
         ):
@@ -280,23 +281,30 @@ def readable(path: str, format: str) -> Iterator[None]:
         raise SourceError(f"{path}: cannot be reached: {_line(error)}") from error
 
 
-def from_remote_store(error: Exception) -> bool:
-    """Whether a cloud client raised it: botocore's errors derive from Exception alone."""
-    return type(error).__module__.partition(".")[0] in _CLOUD_MODULES
-
-
 def _line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 @contextmanager
-def _open_text(path: str) -> Iterator[Any]:
+def _open_text(path: str) -> Iterator[Iterator[str]]:
+    """The lines of a text file, compressed or not."""
     import fsspec
 
     with fsspec.open(
         path, "rt", encoding="utf-8-sig", errors="replace", newline="", compression="infer"
     ) as stream:
-        yield stream
+        yield _lines(stream)
+
+
+def _lines(stream: Any) -> Iterator[str]:
+    """Raises ValueError: a line is too long; no more of it is read."""
+    for number in itertools.count(1):
+        line = stream.readline(_LONGEST_FIELD + 1)
+        if len(line) > _LONGEST_FIELD:
+            raise ValueError(f"line {number} has more than {_LONGEST_FIELD:,} characters")
+        if not line:
+            return
+        yield line
 
 
 def _row(number: int, url: object, text: object) -> Record:
@@ -315,19 +323,32 @@ def _check_type(file: SourceFile, name: str, kind: pa.DataType) -> None:
         raise SourceError(f"{file.path}: column {name} holds {kind}, not text; name another column")
 
 
-def _members(path: str) -> Iterator[tuple[str, str, str, bytes]]:
-    """(key of the sample, member name, extension, content) of the files that matter."""
+def _members(path: str) -> Iterator[tuple[str, str, str, str]]:
+    """(key of the sample, member name, extension, content) of the files that matter; of an image
+    its sha256, since it may be of any size.
+
+    Raises:
+        ValueError: a text is too long.
+    """
     wanted = media.IMAGE_EXTENSIONS | {"txt", "caption", "json"}
     for tar, member in media.tar_members(path):
         folder, _, name = member.name.rpartition("/")
         key, _, extension = name.partition(".")
         if extension.lower() in wanted:
-            content = media.member_bytes(tar, member)
-            yield f"{folder}/{key}", member.name, extension.lower(), content
+            kind = extension.lower()
+            yield f"{folder}/{key}", member.name, kind, _content(tar, member, kind)
 
 
-def _member_texts(extension: str, data: bytes, column: str | tuple[str, ...] | None) -> list[str]:
-    text = data.decode("utf-8", "replace")
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> str:
+    if extension in media.IMAGE_EXTENSIONS:
+        file: Any = tar.extractfile(member)
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    if member.size > _LONGEST_FIELD:
+        raise ValueError(f"{member.name[:200]} has more than {_LONGEST_FIELD:,} bytes")
+    return media.member_bytes(tar, member).decode("utf-8", "replace")
+
+
+def _member_texts(extension: str, text: str, column: str | tuple[str, ...] | None) -> list[str]:
     if extension != "json":
         return [text]
     try:

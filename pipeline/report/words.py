@@ -76,6 +76,7 @@ STATES: Mapping[str, str] = {
     # rows
     "downloaded": "image fetched",
     "duplicate_row": "repeats an earlier row",
+    "no_url": "neither a URL nor an image file",
     "invalid_url": "no http(s) address",
     "blocked_address": "an address inside the network",
     "dns": "unknown host",
@@ -88,7 +89,7 @@ STATES: Mapping[str, str] = {
     "broken_response": "not HTTP, or cut short",
     "opted_out": "a header disallows the use",
     "too_large": "too many bytes or pixels",
-    "unreadable": "a file that is not there",
+    "unreadable": "a file that cannot be read",
     "not_an_image": "something else in place of an image",
     "decode": "a damaged image",
     "too_small": "too few pixels",

@@ -207,7 +207,7 @@ def test_images_in_files_and_tars(web: WebServer, tmp_path: Path) -> None:
         "unreadable",
         "too_large",
         "success",
-        "invalid_url",
+        "no_url",
     ]
     assert rows[2]["image"] is None
     assert rows[1]["url"] is None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from stages import media
+from tests.s3 import use_endpoint
 from tests.unit.test_readers import tar
 
 
@@ -38,6 +39,26 @@ def test_what_cannot_be_read_says_why_and_spoils_nothing_else(tmp_path: Path) ->
     for name in (names[0], *names[2:]):
         assert isinstance(found[name], OSError), name
     assert "gone.jpg" in str(found[names[0]])
+
+
+def test_a_store_that_does_not_answer_is_a_problem_of_its_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What botocore raises then derives from Exception alone."""
+    (tmp_path / "a.png").write_bytes(b"image")
+    use_endpoint(monkeypatch, "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    gone = ["s3://bucket/a.png", "s3://bucket/a.tar#0.jpg"]
+    found = dict(media.read_many([gone[0], str(tmp_path / "a.png"), gone[1]]))
+    assert found[str(tmp_path / "a.png")] == b"image"
+    for name in gone:
+        assert type(found[name]) is OSError, name
+        assert "127.0.0.1:9" in str(found[name])
+
+
+def test_what_is_no_problem_of_a_file_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="no-such-protocol"):
+        list(media.read_many(["no-such-protocol://a.png"]))
 
 
 def test_after_the_deadline_nothing_more_is_begun(

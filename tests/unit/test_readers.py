@@ -2,16 +2,19 @@
 
 import csv
 import gzip
+import hashlib
 import io
 import json
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from stages import readers
 from stages.errors import SourceError
 from stages.ingest import list_files, read_rows
 from stages.readers import SourceConfig
@@ -159,6 +162,46 @@ def test_unreadable_files_are_one_line(
         read(tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.csv.gz", "x.txt.gz"])
+def test_a_file_that_is_one_line_is_not_read_into_memory(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_LONGEST_FIELD", 100_000)
+    head = b"url,text\n" if "csv" in name else b'{"url": "u", "text": "t"}\n'
+    with gzip.open(tmp_path / name, "wb") as file:
+        file.write(head)
+        for _ in range(40):
+            file.write(b"a" * 1_000_000)
+    files = list_files(SourceConfig(path=str(tmp_path / name)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(SourceError, match="line 2 has more than 100,000 characters") as caught:
+            list(read_rows(files[0]))
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+    assert str(tmp_path / name) in str(caught.value)
+
+
+def test_members_of_tars_are_hashed_in_pieces_and_texts_are_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_LONGEST_FIELD", 100_000)
+    image = bytes(40_000_000)
+    good = tar(tmp_path / "good.tar", {"0.jpg": image, "0.txt": b"a cat"})
+    bad = tar(tmp_path / "bad.tar", {"0.jpg": b"", "0.txt": b"a" * 100_001})
+    files = [file for path in (good, bad) for file in list_files(SourceConfig(path=str(path)))]
+    tracemalloc.start()
+    try:
+        (record,) = readers.read_webdataset(files[0])
+        assert tracemalloc.get_traced_memory()[1] < 4_000_000
+    finally:
+        tracemalloc.stop()
+    assert (record.text, record.sha256) == ("a cat", hashlib.sha256(image).hexdigest())
+    with pytest.raises(SourceError, match=r"bad\.tar.*: 0\.txt has more than 100,000 bytes"):
+        list(read_rows(files[1]))
 
 
 def test_a_configured_column_that_is_missing_is_named(tmp_path: Path) -> None:
