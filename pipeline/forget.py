@@ -21,8 +21,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.records import Record, fingerprint
-from pipeline.runfolder import CHECKPOINTS, tables
+from pipeline.records import CHECKPOINTS, Record, fingerprint
+from pipeline.runfolder import tables
 from pipeline.store import Store
 from pipeline.tombstones import STAGE, names, read_removed
 from pipeline.version import code_version

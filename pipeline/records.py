@@ -9,6 +9,9 @@ from pydantic import BaseModel, Field
 
 from stages.base import Config, fingerprinted
 
+CHECKPOINTS = "scratch/checkpoints"
+"""Below it, a folder for each unfinished training, from which that goes on."""
+
 
 class Payload(Config):
     """One published file."""

@@ -57,9 +57,6 @@ STAGES = (
 )
 """All stages of a round, in the order in which they are done."""
 
-CHECKPOINTS = "scratch/checkpoints"
-"""Folder of what unfinished training goes on from: below it, a folder each."""
-
 _SHARD_TABLES: Mapping[str, pa.Schema] = {
     "ingest": SOURCES,
     "sources": SOURCES,

@@ -20,8 +20,7 @@ from pipeline.engine.placement import fit
 from pipeline.engine.shard import open_model
 from pipeline.engine.spread import Spread
 from pipeline.in_turn import InTurn
-from pipeline.records import Record
-from pipeline.runfolder import CHECKPOINTS
+from pipeline.records import CHECKPOINTS, Record
 from pipeline.store import Store
 from pipeline.version import code_version
 from stages.errors import CapfiltError, RunError

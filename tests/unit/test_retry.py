@@ -21,15 +21,24 @@ CONFIG = {
     "ingest": {"shard_size": 3},
     "dev": None,
 }
-STATUSES = ["success", "timeout", "http_4xx", "http_4xx", "dns", "opted_out", "http_5xx"]
-CODES = [200, None, 404, 429, None, None, 503]
+STATUSES = [
+    "success",
+    "timeout",
+    "http_4xx",
+    "http_4xx",
+    "dns",
+    "opted_out",
+    "http_5xx",
+    "unreadable",
+]
+CODES = [200, None, 404, 429, None, None, 503, None]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> tuple[Store, object]:
-    """A run of seven rows that ended as above."""
+    """A run of eight rows that ended as above."""
     (tmp_path / "web.txt").write_text(
-        "".join(f"http://w.test/{n}.jpg\ttext {n}\n" for n in range(7))
+        "".join(f"http://w.test/{n}.jpg\ttext {n}\n" for n in range(8))
     )
     human = tmp_path / "human.txt"
     human.write_text("http://h.test/0.jpg\ta boat\n")
@@ -74,10 +83,10 @@ def fetched(
 def test_what_may_have_passed_is_tried_again_in_new_shards(run: tuple[Store, object]) -> None:
     store, config = run
     first = ingest(config, store)
-    urls = [f"http://w.test/{n}.jpg" for n in range(7)]
+    urls = [f"http://w.test/{n}.jpg" for n in range(8)]
     fetched(store, first, dict(zip(urls, zip(STATUSES, CODES, strict=True), strict=True)))
     before = store.files("sources")
-    assert retry_failed(config, store) == 4
+    assert retry_failed(config, store) == 5
     shards = ingest(config, store)
     assert shards.items() > first.items(), "committed shards stay"
     assert before.items() < store.files("sources").items()
@@ -92,7 +101,7 @@ def test_what_may_have_passed_is_tried_again_in_new_shards(run: tuple[Store, obj
         assert table.schema.equals(SOURCES)
         assert len(table) <= 3
         rows += table.to_pylist()
-    assert [row["url"] for row in rows] == [urls[n] for n in (1, 3, 4, 6)]
+    assert [row["url"] for row in rows] == [urls[n] for n in (1, 3, 4, 6, 7)]
     originals = {
         row["row_id"]: row
         for _, record in first.values()
