@@ -75,6 +75,10 @@ class EngineConfig(Config):
     """CPUs of one training worker."""
     train_gpus: float = Field(0.0, ge=0)
     """GPUs of one training worker."""
+    train_memory_gb: float = Field(0.0, ge=0)
+    """GiB of main memory to set aside for one training worker; 0 sets none aside."""
+    train_accelerator: str | None = None
+    """Train only on nodes with this accelerator, by Ray's name of it: H100, A100, L4…"""
 
 
 class RunConfig(Config):

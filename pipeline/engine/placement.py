@@ -13,7 +13,7 @@ from pipeline.config import EngineConfig, RunConfig
 from stages.base import Resources
 from stages.errors import ConfigError
 
-_GIB = 1 << 30
+GIB = 1 << 30
 _LEAST = 0.001
 """Ray's resolution of CPUs."""
 
@@ -101,17 +101,30 @@ def _check_search(gpus: float, found: Sequence[Node], limit: Node | None) -> Non
         )
 
 
-def check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:
-    """Raises ConfigError where a training worker is larger than what is left of any node."""
-    worker = Resources(
-        cpus=config.train_cpus, gpus=config.train_gpus, min_replicas=config.train_workers
+def training_workers(config: EngineConfig) -> Resources:
+    """What one training worker takes; all are replicas that start at once."""
+    return Resources(
+        cpus=config.train_cpus,
+        gpus=config.train_gpus,
+        memory_gb=config.train_memory_gb,
+        accelerator=config.train_accelerator,
+        min_replicas=config.train_workers,
     )
-    if _unplaced({"train": worker}, found, 1.0) is not None:
-        raise ConfigError(
-            f"engine.train_workers: {worker.min_replicas} workers of {worker.cpus:g} CPUs and "
-            f"{worker.gpus:g} GPUs do not fit on the {len(found)} nodes that Ray has; give smaller "
-            "workers or larger nodes"
-        )
+
+
+def check_workers_placed(config: EngineConfig, found: Sequence[Node]) -> None:
+    """Raises ConfigError where the training workers do not all find a node, of the kind and with
+    the memory that they want."""
+    worker = training_workers(config)
+    if _unplaced({"train": worker}, found, 1.0) is None:
+        return
+    more = f", {worker.memory_gb:g} GiB" if worker.memory_gb else ""
+    kind = f" with accelerator {worker.accelerator}" if worker.accelerator else ""
+    raise ConfigError(
+        f"engine.train_workers: {worker.min_replicas} workers of {worker.cpus:g} CPUs and "
+        f"{worker.gpus:g} GPUs{more}{kind} do not fit on the {len(found)} nodes that Ray has, "
+        f"with {_had(found)}; change engine.train_* or add nodes"
+    )
 
 
 def fit(wanted: Mapping[str, Resources], limit: Node | None = None) -> dict[str, Share]:
@@ -153,7 +166,7 @@ def share_out(
         name: Share(
             cpus=_scaled(r.cpus, scale),
             gpus=r.gpus,
-            memory=int(r.memory_gb * _GIB),
+            memory=int(r.memory_gb * GIB),
             accelerator=r.accelerator,
             min_replicas=r.min_replicas,
             max_replicas=max(r.min_replicas, r.max_replicas),
@@ -172,15 +185,17 @@ def _check_placed(wanted: Mapping[str, Resources], found: Sequence[Node]) -> Non
     stage = _unplaced(wanted, found, 0.0)
     if stage is None:
         return
-    has = [
-        f"{sum(node.get('GPU', 0.0) for node in found):g} GPUs",
-        *sorted({k for node in found for k in node if k.startswith("accelerator_type:")}),
-        f"{sum(node.get('memory', 0.0) for node in found) / _GIB:.1f} GiB",
-    ]
     raise ConfigError(
-        f"{stage}.resources: no place for {_told(wanted)} at once, Ray has {', '.join(has)} on "
+        f"{stage}.resources: no place for {_told(wanted)} at once, Ray has {_had(found)} on "
         f"{len(found)} nodes; lower <stage>.resources or add nodes"
     )
+
+
+def _had(found: Sequence[Node]) -> str:
+    """``8 GPUs, accelerator_type:L4, 96.0 GiB``: of all nodes together."""
+    kinds = sorted({k for node in found for k in node if k.startswith("accelerator_type:")})
+    gpus, memory = (sum(node.get(kind, 0.0) for node in found) for kind in ("GPU", "memory"))
+    return ", ".join([f"{gpus:g} GPUs", *kinds, f"{memory / GIB:.1f} GiB"])
 
 
 def _check_sum(wanted: Mapping[str, Resources], limit: Node) -> None:
@@ -215,7 +230,7 @@ class _Free:
         """Place one replica here, if it fits. A share comes from one GPU."""
         cpus = _scaled(needs.cpus, scale)
         kind = f"accelerator_type:{needs.accelerator}"
-        if self._cpus < cpus or self._memory < needs.memory_gb * _GIB:
+        if self._cpus < cpus or self._memory < needs.memory_gb * GIB:
             return False
         if needs.accelerator is not None and kind not in self._node:
             return False
@@ -228,7 +243,7 @@ class _Free:
         for at in free[:count]:
             self._gpus[at] -= share or 1.0
         self._cpus -= cpus
-        self._memory -= needs.memory_gb * _GIB
+        self._memory -= needs.memory_gb * GIB
         return True
 
 

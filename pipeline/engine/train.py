@@ -31,7 +31,7 @@ from pipeline.engine.dataset import (
     publish_folder,
     translate,
 )
-from pipeline.engine.placement import check_workers_placed, nodes
+from pipeline.engine.placement import GIB, check_workers_placed, nodes, training_workers
 from pipeline.store import Store
 from stages import errors
 from stages.errors import CapfiltError, StoreError, TrainingError, UserError
@@ -92,17 +92,20 @@ def run_training(
 def _fit(todo: Sequence[DatasetTask], store: Store, config: EngineConfig, board: Any) -> None:
     if config.grows_to is None:  # a node may have left, for whose return Ray would wait
         check_workers_placed(config, nodes())
+    worker = training_workers(config)
     with tempfile.TemporaryDirectory() as scratch:
         TorchTrainer(
             _worker,
             train_loop_config={"store": store, "tasks": todo, "board": board},
             scaling_config=ScalingConfig(
                 num_workers=config.train_workers,
-                use_gpu=config.train_gpus > 0,
+                use_gpu=worker.gpus > 0,
                 resources_per_worker={
-                    "CPU": config.train_cpus,
-                    **({"GPU": config.train_gpus} if config.train_gpus else {}),
+                    "CPU": worker.cpus,
+                    **({"GPU": worker.gpus} if worker.gpus else {}),
+                    **({"memory": int(worker.memory_gb * GIB)} if worker.memory_gb else {}),
                 },
+                accelerator_type=worker.accelerator,
             ),
             run_config=ray.train.RunConfig(
                 storage_path=scratch,

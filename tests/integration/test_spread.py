@@ -1,7 +1,8 @@
-"""Mapped work on two Ray nodes, and the files that go with it."""
+"""Work on two Ray nodes that are not alike, and the files that go with what is mapped."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,14 +11,17 @@ import numpy as np
 import pytest
 import ray
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import get_current_placement_group
 
+from pipeline.config import EngineConfig
 from pipeline.engine import cluster
 from pipeline.engine.board import Board
 from pipeline.engine.dataset import run_dataset
 from pipeline.engine.spread import SharedFile, Spread, machines
+from pipeline.engine.train import run_training
 from pipeline.plan import dataset_task
 from pipeline.store import Store
-from stages.base import Context, LocalContext, Resources
+from stages.base import Context, DatasetStage, LocalContext, Resources
 from stages.dedup import SearchConfig, search
 from stages.dedup.images import Vectors
 from stages.evaluate import EvaluateConfig, EvaluateStage
@@ -30,7 +34,8 @@ def two_nodes() -> Iterator[None]:
     node = {"num_cpus": 1, "object_store_memory": 80 << 20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=node)  # type: ignore[no-untyped-call]
     try:
-        cluster.add_node(num_cpus=1, num_gpus=1, object_store_memory=80 << 20)  # type: ignore[no-untyped-call]
+        kind = {"accelerator_type:H100": 1}
+        cluster.add_node(num_cpus=1, num_gpus=1, resources=kind, object_store_memory=80 << 20)  # type: ignore[no-untyped-call]
         ray.init(address=cluster.address, log_to_driver=False)
         yield
     finally:
@@ -101,6 +106,29 @@ def test_an_evaluation_gets_the_gpu_that_its_config_asks_for(
     store, board = Store(str(tmp_path / "run")), Board.remote()  # type: ignore[attr-defined]
     (written,) = run_dataset(store, task, board).payloads
     assert store.read_bytes(written.path) == lent
+
+
+class Placed(DatasetStage):
+    """Writes down what its training worker holds, instead of training."""
+
+    name, version = "pretrain", 1
+
+    def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
+        place = get_current_placement_group()
+        assert place is not None
+        (output_dir / "held").write_text(json.dumps(place.bundle_specs))
+
+
+def test_training_gets_the_kind_of_node_and_the_memory_that_its_config_asks_for(
+    tmp_path: Path, two_nodes: None
+) -> None:
+    config = EngineConfig(train_cpus=0.5, train_memory_gb=0.125, train_accelerator="H100")
+    task = dataset_task(Placed(), None, 1, {})
+    store, board = Store(str(tmp_path / "run")), Board.remote()  # type: ignore[attr-defined]
+    run_training(store, [task], config, board)
+    (written,) = store.read_record(task.record).payloads
+    (held,) = json.loads(store.read_bytes(written.path))
+    assert held == {"CPU": 0.5, "memory": 128 << 20, "accelerator_type:H100": 0.001}
 
 
 def test_a_search_finds_the_same_on_two_nodes(tmp_path: Path, two_nodes: None) -> None:

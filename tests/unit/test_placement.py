@@ -127,6 +127,31 @@ def test_a_worker_group_that_cannot_start_is_refused():
         check_training(EngineConfig(train_gpus=1), {"CPU": 2.0})
 
 
+@pytest.mark.parametrize(
+    ("engine", "told"),
+    [
+        ({"train_accelerator": "H100"}, "1 workers of 1 CPUs and 1 GPUs with accelerator H100"),
+        ({"train_memory_gb": 32}, "1 workers of 1 CPUs and 1 GPUs, 32 GiB"),
+        # Each has a node, but not the same one.
+        ({"train_accelerator": "L4", "train_memory_gb": 16}, ".*, 16 GiB with accelerator L4"),
+        ({"train_accelerator": "A100", "train_workers": 2}, "2 workers .* with accelerator A100"),
+    ],
+)
+def test_training_wants_its_kind_of_gpu_and_its_memory(engine, told):
+    mixed = [
+        {"CPU": 8.0, "GPU": 1.0, "memory": 8.0 * GIB, "accelerator_type:L4": 1.0},
+        {"CPU": 8.0, "GPU": 1.0, "memory": 16.0 * GIB, "accelerator_type:A100": 1.0},
+    ]
+    fits = {"train_gpus": 1, "train_accelerator": "A100", "train_memory_gb": 16}
+    check(parse({**MINIMAL, "engine": fits}, "x"), mixed)
+    has = r"the 2 nodes that Ray has, with 2 GPUs, accelerator_type:A100, accelerator_type:L4, 24.0"
+    with pytest.raises(ConfigError, match=rf"engine\.train_workers: {told} do not fit on {has}"):
+        check(parse({**MINIMAL, "engine": {"train_gpus": 1, **engine}}, "x"), mixed)
+    # What an autoscaler would bring is of a kind and size that cannot be looked at.
+    grown = {"train_gpus": 1, **engine, "grows_to": {"CPU": 64, "GPU": 8}}
+    check(parse({**MINIMAL, "engine": grown}, "x"), mixed)
+
+
 def test_a_training_worker_is_no_larger_than_a_node():
     small = [{"CPU": 8.0, "GPU": 1.0}] * 4
     check(parse({**MINIMAL, "engine": {"train_workers": 4, "train_gpus": 1}}, "x"), small)
