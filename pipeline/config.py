@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
 
 from stages.assemble import AssembleConfig
-from stages.base import Config, operational
+from stages.base import Config, Gpus, operational
 from stages.caption import CaptionConfig
 from stages.dedup import DedupConfig
 from stages.download import DownloadConfig
@@ -73,7 +73,7 @@ class EngineConfig(Config):
     train_workers: int = Field(1, ge=1)
     train_cpus: float = Field(1.0, gt=0)
     """CPUs of one training worker."""
-    train_gpus: float = Field(0.0, ge=0)
+    train_gpus: Gpus = 0.0
     """GPUs of one training worker."""
     train_memory_gb: float = Field(0.0, ge=0)
     """GiB of main memory to set aside for one training worker; 0 sets none aside."""

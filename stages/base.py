@@ -10,10 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
     import pyarrow.parquet as pq
@@ -45,25 +45,27 @@ def fingerprinted(config: BaseModel) -> dict[str, object]:
     return values
 
 
+def _a_share_or_whole(value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError("a share of one GPU, at most 1, or a whole number of GPUs")
+    return value
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_a_share_or_whole)]
+"""A share of one GPU, which others share, or whole GPUs."""
+
+
 class Resources(Config):
     """What one replica of a stage occupies, and how many there may be."""
 
     cpus: float = Field(1.0, gt=0)
-    gpus: float = Field(0.0, ge=0)
-    """A share of one GPU, which other replicas share, or whole GPUs."""
+    gpus: Gpus = 0.0
     memory_gb: float = Field(0.0, ge=0)
     """GiB of main memory to set aside; 0 sets none aside."""
     accelerator: str | None = None
     """Only on nodes with this accelerator, by Ray's name of it: H100, A100, L4…"""
     min_replicas: int = Field(1, ge=1)
     max_replicas: int = Field(1, ge=1)
-
-    @field_validator("gpus")
-    @classmethod
-    def _a_share_or_whole(cls, value: float) -> float:
-        if value > 1 and value != int(value):
-            raise ValueError("a share of one GPU, at most 1, or a whole number of GPUs")
-        return value
 
 
 class ShardStage(ABC):

@@ -73,6 +73,10 @@ def test_whole_gpus_memory_and_kind_find_their_node():
 def test_a_share_of_more_than_one_gpu_is_refused():
     with pytest.raises(ValidationError, match="a share of one GPU"):
         Resources(gpus=1.5)
+    with pytest.raises(
+        ConfigError, match=r"engine\.train_gpus: 1\.5 is not allowed: a share of one"
+    ):
+        parse({**MINIMAL, "engine": {"train_gpus": 1.5}}, "x")
 
 
 def test_what_an_autoscaler_may_add_counts():
