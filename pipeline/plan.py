@@ -30,10 +30,10 @@ from pipeline.dag import (
 from pipeline.ledger import LedgerStage
 from pipeline.records import fingerprint
 from stages.assemble import AssembleStage
-from stages.base import Config, DatasetStage, Resources
+from stages.base import Config, DatasetStage, Resources, WholeRoundConfig
 from stages.dedup import EVALUATION, DedupStage
 from stages.errors import SourceError
-from stages.evaluate import EvaluateConfig, EvaluateStage
+from stages.evaluate import EvaluateStage
 from stages.finetune import CaptionerFinetune, FilterFinetune
 from stages.pretrain import PretrainStage
 from stages.probes import ANNOTATIONS
@@ -178,7 +178,8 @@ class _Planner:
         self._raw = len(tasks) == 1
         # Nothing is scored in a raw round, so no threshold may reach its fingerprints: a new one
         # must not train the first models again.
-        self._select = SelectConfig() if self._raw else config.select
+        raw = SelectConfig(resources=config.select.resources)
+        self._select = raw if self._raw else config.select
         self._records: dict[str, list[str]] = {}
         for job in plan_shards(tasks, shards, set(), inherited, sharing.shared or _NOTHING):
             for stage, record in job.records.items():
@@ -229,7 +230,7 @@ class _Planner:
             "index": _output(assemble, "*/index.parquet"),
         }
         ledger = self._task(LedgerStage(), None, books)
-        return (*done, select, assemble, ledger)
+        return (*done, select, assemble, replace(ledger, resources=config.select.resources))
 
     def _dedup(self, download: Published) -> DatasetTask:
         config = self._config
@@ -324,7 +325,7 @@ def dataset_task(
         fingerprint(stage.name, stage.version, config, *prints),
         f"round={round_:02d}/{folder or f'stage={stage.name}'}",
         inputs,
-        config.resources if isinstance(config, EvaluateConfig) else Resources(),
+        config.resources if isinstance(config, WholeRoundConfig) else Resources(),
     )
 
 

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.base import Config, Context, DatasetStage, read_table
+from stages.base import Context, DatasetStage, WholeRoundConfig, read_table
 from stages.errors import RunError
 from stages.schemas import PAIRS, TRAINING_INDEX
 
@@ -26,7 +26,7 @@ _COLUMNS = ("pair_id", "sample_id", "source", "text", "itm_score", "state", "car
 Row = dict[str, Any]
 
 
-class AssembleConfig(Config):
+class AssembleConfig(WholeRoundConfig):
     """How the training set is cut."""
 
     samples_per_tar: int = Field(1000, ge=1)

@@ -68,6 +68,13 @@ class Resources(Config):
     max_replicas: int = Field(1, ge=1)
 
 
+class WholeRoundConfig(Config):
+    """Config of a `DatasetStage` that runs in one worker."""
+
+    resources: Resources = operational(Resources())
+    """Of its one worker; replicas do not count."""
+
+
 class ShardStage(ABC):
     """A function from one shard's table to another, built from its own config alone.
 

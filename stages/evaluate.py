@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from stages.base import Config, Context, DatasetStage, Resources, operational
+from stages.base import Context, DatasetStage, WholeRoundConfig, operational
 from stages.caption_metrics import bleu, cider
 from stages.errors import SourceError
 from stages.models.config import GenerationConfig
@@ -43,8 +43,8 @@ Outcomes = dict[str, dict[str, float]]
 _TABLES = {"metrics": METRICS, "outcomes": OUTCOMES, "captions": PROBE_CAPTIONS}
 
 
-class EvaluateConfig(Config):
-    """How models are measured."""
+class EvaluateConfig(WholeRoundConfig):
+    """How models are measured, all by one worker, in turn."""
 
     k_test: int = Field(256, ge=1)
     """How many of each query's best ITC candidates ITM rescores (COCO 256, Flickr30k 128)."""
@@ -62,8 +62,6 @@ class EvaluateConfig(Config):
     """Images at once."""
     threads: int | None = operational(None, ge=1)
     """Threads of torch; None leaves them as they are."""
-    resources: Resources = operational(Resources())
-    """Of the one worker that measures all models in turn; replicas do not count."""
 
 
 class Measured(NamedTuple):

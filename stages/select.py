@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from stages.base import Config, Context, DatasetStage, read_table
+from stages.base import Config, Context, DatasetStage, WholeRoundConfig, read_table
 from stages.ids import failed_caption_id, pair_id
 from stages.models.text import clean_caption
 from stages.schemas import (
@@ -64,8 +64,9 @@ class TextRules(Config):
         return value
 
 
-class SelectConfig(Config):
-    """Which pairs are good enough to train on."""
+class SelectConfig(WholeRoundConfig):
+    """Which pairs are good enough to train on. The ``resources`` are also those of the ledger,
+    which goes through all that select does."""
 
     threshold: float = Field(0.5, ge=0, le=1)
     """Web texts whose ITM score lies below are rejected; 0 turns the filter off."""

@@ -70,10 +70,12 @@ def check(config: RunConfig, found: Sequence[Node]) -> None:
         check_workers_placed(config.engine, found)
     wanted = {name: getattr(config, name).resources for name in ("download", *_MODELS)}
     share_out(wanted, found, limit)
-    share_out({"evaluate": config.evaluate.resources}, found, limit)
+    for name in _WHOLE_ROUND:  # one after the other
+        share_out({name: getattr(config, name).resources}, found, limit)
 
 
 _MODELS = ("caption", "filter", "embed")
+_WHOLE_ROUND = ("dedup", "select", "assemble", "evaluate")
 
 
 def check_training(config: EngineConfig, cluster: Mapping[str, float]) -> None:

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from stages.base import Config, operational
+from stages.base import Config, WholeRoundConfig, operational
 
 MOST_BITS = 24
 """Planes that part the images of a table, at most."""
@@ -46,7 +46,7 @@ class SearchConfig(Config):
         return "cuda" if self.gpus else "cpu"
 
 
-class SharingConfig(Config):
+class SharingConfig(WholeRoundConfig):
     """Which images share one captioning and one scoring."""
 
     perceptual_distance: int | None = None
@@ -56,8 +56,9 @@ class SharingConfig(Config):
     """The first shard of each round that brought new ones, ascending."""
 
 
-class DedupConfig(Config):
-    """When two images are the same picture.
+class DedupConfig(WholeRoundConfig):
+    """When two images are the same picture. The ``resources`` are also those of the search for
+    images that share captions.
 
     Of the labelled pairs of real photos that the defaults were read from, ``same_picture`` lie at
     a Hamming distance of 0 to 44 (one at 90), and ``different`` pairs at 86 or more.
@@ -101,11 +102,12 @@ class DedupConfig(Config):
     def sharing(self, cohorts: Sequence[str]) -> SharingConfig:
         """What `before_caption` asks for; ``cohorts`` as in `SharingConfig`."""
         if self.before_caption != "perceptual":
-            return SharingConfig(cohorts=tuple(cohorts))
+            return SharingConfig(cohorts=tuple(cohorts), resources=self.resources)
         return SharingConfig(
             perceptual_distance=self.perceptual_distance,
             perceptual_cosine=self.perceptual_cosine,
             cohorts=tuple(cohorts),
+            resources=self.resources,
         )
 
     @property

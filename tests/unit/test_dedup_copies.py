@@ -14,7 +14,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.dag import stage_input
-from stages.base import LocalContext
+from stages.base import LocalContext, Resources, fingerprinted
 from stages.dedup import CopiesStage, DedupConfig
 from stages.dedup.config import SharingConfig
 from stages.schemas import CAPTIONS, DEDUP, DOWNLOAD, EMBEDDINGS, SHARED
@@ -242,5 +242,10 @@ def test_the_config_says_what_is_shared() -> None:
     config = DedupConfig(before_caption="perceptual")
     assert config.sharing(["000000"]) == NEAR.model_copy(update={"cohorts": ("000000",)})
     assert DedupConfig().sharing([]) == SharingConfig()
+    large = Resources(memory_gb=64)
+    for how in ("exact", "perceptual"):
+        sharing = DedupConfig(before_caption=how, resources=large).sharing([])
+        assert sharing.resources == large
+        assert fingerprinted(sharing) == fingerprinted(DedupConfig(before_caption=how).sharing([]))
     with pytest.raises(ValidationError, match="needs perceptual_distance"):
         DedupConfig(before_caption="perceptual", perceptual_distance=None)

@@ -116,6 +116,14 @@ def test_a_search_on_gpus_wants_gpus() -> None:
             check(config, nodes)
 
 
+@pytest.mark.parametrize("stage", ["dedup", "select", "assemble", "evaluate"])
+def test_a_whole_round_wants_its_memory_on_one_node(stage: str) -> None:
+    config = parse(MINIMAL | {stage: {"resources": {"memory_gb": 64}}}, "test")
+    check(config, [{"CPU": 8.0, "memory": 64.0 * GIB}])
+    with pytest.raises(ConfigError, match=rf"{stage}\.resources: no place for {stage} .* 64 GiB"):
+        check(config, [{"CPU": 8.0, "memory": 32.0 * GIB}] * 4)
+
+
 def test_an_evaluation_on_a_gpu_wants_one() -> None:
     config = parse(MINIMAL | {"evaluate": {"resources": {"gpus": 1}}}, "test")
     check(config, [{"CPU": 8.0, "GPU": 1.0}])

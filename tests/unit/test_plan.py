@@ -13,6 +13,7 @@ from pipeline.dag import Published, print_of, stage_input
 from pipeline.engine.dataset import publish_folder
 from pipeline.plan import Model, Sharing, content_of, evaluation_sets, plan_round, probes
 from pipeline.store import Store
+from stages.base import Resources
 from stages.errors import SourceError
 from stages.schemas import DOWNLOAD
 from tests.tables import filled
@@ -83,6 +84,19 @@ def test_a_new_threshold_redoes_select_and_what_follows_and_nothing_else() -> No
 
 def test_a_new_threshold_leaves_a_raw_round_as_it_is() -> None:
     assert records({}) == records({}, select={"threshold": 0.4, "keep": "synthetic"})
+
+
+@pytest.mark.parametrize("models", [{}, MODELS], ids=["raw", "with models"])
+def test_resources_reach_the_worker_and_no_fingerprint(models: dict[str, Model]) -> None:
+    large = {"resources": {"cpus": 8, "memory_gb": 64}}
+    fields = dict.fromkeys(("dedup", "select", "assemble", "evaluate"), large)
+    assert records(models) == records(models, **fields)
+    plans = [plan_round(c, 1, SHARDS, models, None, {}) for c in (config(), config(**fields))]
+    asked = [{t.name: t.resources for t in plan.curation + plan.measuring} for plan in plans]
+    assert set(asked[0].values()) == {Resources()}
+    assert set(asked[1].values()) == {Resources(cpus=8, memory_gb=64)}
+    stages = {"select", "assemble", "ledger", "evaluate"}
+    assert set(asked[0]) == stages | ({"dedup"} if models else set())
 
 
 def test_where_a_tokenizer_lies_does_not_matter(tmp_path: Path) -> None:
