@@ -122,9 +122,15 @@ FIELDS: dict[str, dict[str, str]] = {
     },
     "HTTPGet": {"path": "str", "port!": "port"},
     "VolumeMount": {"name!": "str", "mountPath!": "str", "readOnly": "bool"},
-    "Volume": {"name!": "str", "emptyDir": "EmptyDir", "configMap": "ConfigMap"},
+    "Volume": {
+        "name!": "str",
+        "emptyDir": "EmptyDir",
+        "configMap": "ConfigMap",
+        "persistentVolumeClaim": "PersistentVolumeClaim",
+    },
     "EmptyDir": {"medium": "str|Memory", "sizeLimit": "quantity"},
     "ConfigMap": {"name": "str", "optional": "bool"},
+    "PersistentVolumeClaim": {"claimName!": "str", "readOnly": "bool"},
 }
 
 _QUANTITY = re.compile(r"\d+(\.\d+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import json
 import re
 import shlex
 from fnmatch import fnmatch
@@ -124,6 +125,20 @@ def test_nodes_have_probes_shared_memory_and_a_port_for_metrics() -> None:
         assert {"containerPort": 8080, "name": "metrics"} in box["ports"]
     config = read(INFRA / "prometheus.yaml")
     assert "metrics" in str(config["scrape_configs"][0]["relabel_configs"])
+
+
+def test_what_the_config_names_on_disk_is_mounted_on_every_node() -> None:
+    config = read(ROOT / "configs/cluster.yaml")
+    paths = set(re.findall(r'"(\.{0,2}/[^"]*)"', json.dumps(config)))
+    assert {config["dev"], config["test"]} <= paths
+    nodes = [pod for name, pod in pods() if name == "raycluster.yaml"]
+    assert len(nodes) == 3
+    for pod in nodes:
+        claims = {v["name"] for v in pod["volumes"] if "persistentVolumeClaim" in v}
+        (box,) = pod["containers"]
+        mounts = [Path(m["mountPath"]) for m in box["volumeMounts"] if m["name"] in claims]
+        for path in paths:
+            assert any(mount in Path(path).parents for mount in mounts), path
 
 
 def test_no_secret_has_a_value() -> None:
