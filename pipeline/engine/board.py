@@ -91,7 +91,9 @@ class Board:
         return self._notices
 
     def take(self) -> Notices:
-        """`read`, after which what has ended is told, so that it does not pile up."""
+        """`read`, after which what has ended is told, so that it does not pile up. Who waits for a
+        run calls it every moment, which keeps the gauges alive."""
+        self._meters.stand()
         taken = replace(self._notices)
         self._notices.ended = []
         return taken

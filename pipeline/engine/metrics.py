@@ -87,6 +87,7 @@ class Meters:
 
     def __init__(self) -> None:
         self._all: dict[str, Any] = {}
+        self._standing: dict[tuple[str, tuple[tuple[str, str], ...]], float] = {}
         for name, (meaning, labels) in COUNTERS.items():
             self._all[name] = Counter(name, meaning, labels)
         for name, (meaning, labels, borders) in HISTOGRAMS.items():
@@ -113,7 +114,17 @@ class Meters:
             size = int(work.facts["batch_size"].rpartition(", ")[2])
             meters["capfilt_batch_size"].observe(size, labels)
         if work.gpu_bytes is not None:
-            meters["capfilt_gpu_bytes"].set(work.gpu_bytes, labels)
+            self._stand("capfilt_gpu_bytes", work.gpu_bytes, labels)
         for (round_, account, source, state), count in work.ledger.items():
             where = {"round": round_, "account": account, "source": source, "state": state}
-            meters["capfilt_ledger"].set(count, {"run": work.run} | where)
+            self._stand("capfilt_ledger", count, {"run": work.run} | where)
+
+    def _stand(self, gauge: str, value: float, labels: Mapping[str, str]) -> None:
+        self._standing[gauge, tuple(labels.items())] = value
+        self._all[gauge].set(value, dict(labels))
+
+    def stand(self) -> None:
+        """Set all gauges again to what they are: Ray exports a gauge only for two intervals (20 s)
+        after it was set."""
+        for (gauge, labels), value in self._standing.items():
+            self._all[gauge].set(value, dict(labels))

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import ray
 
-from pipeline.engine.board import Board
+from pipeline.engine.board import Board, watched
 from pipeline.engine.metrics import COUNTERS, GAUGES, HISTOGRAMS, Work, of_record
 from pipeline.store import Store
+from tests.integration.test_engine import Fake, FakeTask, make_shards, run
 from tests.run_folder import make_run
 
 DASHBOARD = Path(__file__).parents[2] / "infra/grafana.json"
@@ -23,13 +24,17 @@ SAMPLE = re.compile(r"^ray_(capfilt_\w+)\{(.*)\} (\S+)$", re.MULTILINE)
 LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 Samples = list[tuple[str, dict[str, str], float]]
 CAPTION = Work("/runs/a", "caption", 2.0, {"success": 5}, {"batch_size": "32, 16", "tokens": "40"})
+RUN = "worked-on"
+"""Name of the run folder whose metrics come from stage workers."""
 DOWNLOAD = Work("/runs/a", "download", 4.5, {"success": 3, "timeout": 2, "http_4xx": 0}, {})
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samples]:
-    """What Prometheus would read after three pieces of work, a ledger and a GPU's shard."""
+    """What Prometheus would read after three pieces of work and a GPU's shard, told by hand, what
+    the workers of a run tell, and a ledger."""
     store = make_run(str(tmp_path_factory.mktemp("metrics") / "run"))
+    worked_on = Store(str(tmp_path_factory.mktemp("metrics") / RUN))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -43,9 +48,15 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Samples]:
     try:
         board = Board.remote()  # type: ignore[attr-defined]
         on_gpu = Work("/runs/a", "filter", 1.0, {"success": 1}, {}, gpu_bytes=1 << 30)
-        for work in (CAPTION, DOWNLOAD, DOWNLOAD, on_gpu, _ledger(store)):
+        for work in (CAPTION, DOWNLOAD, DOWNLOAD, on_gpu):
             ray.get(board.measured.remote(work))
-        yield _scraped(f"http://127.0.0.1:{port}/metrics")
+        with watched(board, lambda _: None):  # as a driver does
+            shards = make_shards(worked_on, [["a", "broken"], ["b"]])
+            tasks = [FakeTask(name, 1, Fake()) for name in ("download", "caption")]
+            run(worked_on, shards, board, tasks)
+            ray.get(board.measured.remote(_ledger(store)))
+            found = _scraped(f"http://127.0.0.1:{port}/metrics")
+        yield found
     finally:
         ray.shutdown()
 
@@ -56,9 +67,15 @@ def _ledger(store: Store) -> Work:
 
 
 def _scraped(url: str) -> Samples:
+    """When all has arrived that the board was told: gauges, some set long ago, and four shards."""
     deadline = time.monotonic() + 40
     found: Samples = []
-    while time.monotonic() < deadline and not any(n == "capfilt_ledger" for n, _, _ in found):
+
+    def told() -> bool:
+        done = [v for n, ls, v in found if n == "capfilt_published_total" and _worked_on(ls)]
+        return sum(done) >= 4 and GAUGES.keys() <= {n for n, _, _ in found}
+
+    while time.monotonic() < deadline and not told():
         time.sleep(0.5)
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
@@ -69,6 +86,10 @@ def _scraped(url: str) -> Samples:
     return found
 
 
+def _worked_on(labels: dict[str, str]) -> bool:
+    return labels.get("run", "").endswith(f"/{RUN}")
+
+
 def value(exported: Samples, name: str, **labels: str) -> float:
     """Of the one sample with these labels."""
     matching = [v for n, ls, v in exported if n == name and labels.items() <= ls.items()]
@@ -76,7 +97,21 @@ def value(exported: Samples, name: str, **labels: str) -> float:
     return matching[0]
 
 
+def test_what_stage_workers_publish_is_counted(exported: Samples) -> None:
+    worked = [sample for sample in exported if _worked_on(sample[1])]
+    assert value(worked, "capfilt_rows_total", stage="download", status="success") == 3
+    assert value(worked, "capfilt_rows_total", stage="caption", status="success") == 2
+    # Of the shard that was run alone, since a row of it raised.
+    assert value(worked, "capfilt_rows_total", stage="caption", status="quarantined") == 1
+    for stage in ("download", "caption"):
+        assert value(worked, "capfilt_published_total", stage=stage) == 2
+        assert value(worked, "capfilt_seconds_total", stage=stage) > 0
+        assert value(worked, "capfilt_work_seconds_count", stage=stage) == 2
+    assert value(worked, "capfilt_batch_size_bucket", stage="caption", le="1.0") == 2
+
+
 def test_work_is_counted(exported: Samples) -> None:
+    exported = [sample for sample in exported if not _worked_on(sample[1])]
     assert value(exported, "capfilt_rows_total", stage="download", status="timeout") == 4
     assert value(exported, "capfilt_rows_total", stage="caption", status="success") == 5
     assert value(exported, "capfilt_published_total", stage="download") == 2
