@@ -1,7 +1,8 @@
 """Many URLs at once: polite to each host, patient with what may pass, and over in time.
 
 No thread ever sleeps for a host. A URL that waits, for its host's turn or for a retry, waits in a
-queue, so that a slow host delays nobody else's images.
+queue, so that a slow host delays nobody else's images. So does a URL that is redirected to another
+host: it waits there for its turn, as that host's own URLs do.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from stages.connect import FetchError, parse_url
-from stages.fetch import FetchConfig, Fetched, Fetcher
+from stages.fetch import FetchConfig, Fetched, Fetcher, Hop
 from stages.hostbook import SILENCE, Ask, Claim, HostBook, Word
 
 _HOST_FAILURES = frozenset({"dns", "refused", "timeout", "tls", "http_5xx", "broken_response"})
@@ -32,8 +33,12 @@ _HEARTBEAT = SILENCE / 6
 class _Url:
     key: str
     url: str
+    """As it was given, where each attempt begins."""
+    hop: Hop
     host: str
+    """That ``hop`` asks, on whose account the URL is."""
     attempts: int = 0
+    """Begun so far."""
 
 
 @dataclass
@@ -139,14 +144,24 @@ class _Shard:
 
     def _enqueue(self, key: str, url: str) -> None:
         try:
-            name = parse_url(url).host
+            entry = _Url(key, url, Hop(url), parse_url(url).host)
         except FetchError as error:
             self._refused.append((key, Fetched(error.status, str(error))))
             return
-        host = self._hosts.setdefault(name, _Host())
-        host.queue.append(_Url(key, url, name))
+        self._account(entry).queue.append(entry)
+
+    def _account(self, url: _Url) -> _Host:
+        """The host that the URL asks next, which has one more to do."""
+        host = self._hosts.setdefault(url.host, _Host())
         host.left += 1
-        self._untold.add(name)
+        self._settled(url.host)
+        return host
+
+    def _hand_on(self, url: _Url, hop: Hop) -> None:
+        """Redirected to another host."""
+        url.hop, url.host = hop, parse_url(hop.url).host
+        self._account(url).queue.append(url)
+        self._turn.append(url.host)
 
     def _given_up(self) -> list[tuple[str, Fetched]]:
         given_up, self._refused = self._refused, []
@@ -217,9 +232,9 @@ class _Shard:
             heapq.heappush(self._later, (host.not_before, next(self._order), None, name))
         elif host.queue and host.running < host.connections:
             url = host.queue.popleft()
-            url.attempts += 1
+            url.attempts += url.hop.redirects == 0
             host.running += 1
-            self._running[pool.submit(self._fetcher.fetch, url.url, self._deadline)] = url
+            self._running[pool.submit(self._fetcher.fetch, url.hop, self._deadline)] = url
 
     def _set_aside(self, host: _Host) -> None:
         status, detail = host.last or ("timeout", "")
@@ -242,11 +257,10 @@ class _Shard:
         for future in done:
             url = self._running.pop(future)
             fetched = future.result()
-            self._note(url, fetched)
-            retried = self._retried(url, fetched)
-            self._hosts[url.host].left -= not retried
-            self._settled(url.host)
-            if not retried:
+            self._note(url.host, fetched)
+            if fetched.onward is not None:
+                self._hand_on(url, fetched.onward)
+            elif not self._retried(url, fetched):
                 yield url.key, fetched
 
     def _next_event(self) -> float:
@@ -254,27 +268,27 @@ class _Shard:
         asked = self._consulted + (_CONSULT if self._untold else _HEARTBEAT)
         return min([self._deadline, asked, *(entry[0] for entry in self._later[:1])])
 
-    def _note(self, url: _Url, fetched: Fetched) -> None:
-        own = self._hosts[url.host]
-        own.running -= 1
+    def _note(self, name: str, fetched: Fetched) -> None:
+        """The host is done with a URL, for now."""
+        host = self._hosts[name]
+        host.running -= 1
+        host.left -= 1
         # Every URL that was refused a slot lost its turn: the host gets as many as it has queued
         # URLs for the slots it has now.
-        self._turn.extend([url.host] * min(len(own.queue), own.connections))
-        # A redirect may have led elsewhere: who failed is to blame, not who sent us there.
-        name = fetched.host or url.host
-        told = self._hosts.setdefault(name, _Host())
+        self._turn.extend([name] * min(len(host.queue), host.connections))
         pause = fetched.retry_after or 0.0
         failures = int(fetched.status in _HOST_FAILURES or fetched.code == 429)
         if pause > self._config.max_retry_after:
-            failures = max(1, self._config.host_failures - told.failures)
-        if failures or pause or told.failures:
+            failures = max(1, self._config.host_failures - host.failures)
+        if failures or pause or host.failures:
             self._untold.add(name)
         if failures:
-            told.failures, told.failed = told.failures + failures, told.failed + failures
-            told.last = fetched.status, fetched.detail or ""
+            host.failures, host.failed = host.failures + failures, host.failed + failures
+            host.last = fetched.status, fetched.detail or ""
         else:
-            told.useful, told.failures, told.failed = True, 0, 0
-        told.not_before = max(told.not_before, time.monotonic() + pause)
+            host.useful, host.failures, host.failed = True, 0, 0
+        host.not_before = max(host.not_before, time.monotonic() + pause)
+        self._settled(name)
 
     def _retried(self, url: _Url, fetched: Fetched) -> bool:
         """Whether the URL will be tried again, and so has no result yet."""
@@ -285,5 +299,7 @@ class _Shard:
             return False
         if (fetched.retry_after or 0.0) > config.max_retry_after:
             return False
+        url.hop, url.host = Hop(url.url), parse_url(url.url).host
+        self._account(url)
         heapq.heappush(self._later, (time.monotonic() + pause, next(self._order), url, url.host))
         return True

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib import metadata
-from typing import cast
+from typing import NamedTuple, cast
 from urllib.parse import urljoin
 
 from pydantic import Field, field_validator
@@ -56,7 +56,7 @@ class FetchConfig(Config):
     timeout: float = operational(10.0, gt=0)
     """Seconds for the name look-up, for the connection, and between two arriving pieces."""
     total_timeout: float = operational(30.0, gt=0)
-    """Seconds for one attempt with all its redirects."""
+    """Seconds for one attempt with all its redirects; waiting for a host's turn does not count."""
     retries: int = operational(2, ge=0)
     """More attempts after a failure that may pass. A 404 or an opt-out is never asked twice."""
     backoff: float = operational(0.5, ge=0)
@@ -64,7 +64,8 @@ class FetchConfig(Config):
     max_retry_after: float = operational(60.0, ge=0)
     """Seconds that a host may ask us to wait (Retry-After). Who asks for more is set aside."""
     host_connections: int = operational(8, ge=1)
-    """Requests to one host at a time, of all workers together."""
+    """Requests to one host at a time, of all workers together, those that redirects lead there
+    among them."""
     host_failures: int = operational(20, ge=1)
     """After so many failures in a row, whichever workers see them, a host is set aside for the run:
     its other URLs are given the last failure's status untried. ``--retry-failed`` asks again."""
@@ -96,6 +97,16 @@ class FetchConfig(Config):
         return tuple(directive.strip().lower() for directive in value)
 
 
+class Hop(NamedTuple):
+    """A request to make, and what its attempt has used up by then."""
+
+    url: str
+    redirects: int = 0
+    """Followed so far."""
+    seconds: float = 0.0
+    """Spent so far."""
+
+
 @dataclass(frozen=True)
 class Fetched:
     """What became of one attempt: ``body`` where status is success, else why not."""
@@ -106,8 +117,8 @@ class Fetched:
     content_type: str = ""
     code: int | None = None
     """HTTP status of the last answer."""
-    host: str = ""
-    """Who answered, or failed to: where redirects led."""
+    onward: Hop | None = None
+    """Where the attempt goes on, if that is another host; its status is then ``redirect``."""
     transient: bool = False
     """The failure may pass."""
     retry_after: float | None = None
@@ -135,24 +146,24 @@ class Fetcher:
             self._site_file, token, config.respect_robots, config.respect_tdmrep
         )
 
-    def fetch(self, url: str, deadline: float = math.inf) -> Fetched:
-        """The body of ``url``, or the status and reason of its failure. One attempt, over by
-        ``deadline`` (of `time.monotonic`). Never raises. Hand the result to `release`."""
-        visited: list[str] = []
+    def fetch(self, hop: Hop, deadline: float = math.inf) -> Fetched:
+        """The body of ``hop.url``, or the status and reason of its failure. One attempt, over by
+        ``deadline`` (of `time.monotonic`), or its part that one host serves: a redirect to another
+        host, which may be busy or set aside, comes back as ``onward``. Never raises. Hand the
+        result to `release`."""
+        left = self._config.total_timeout - hop.seconds
         try:
-            end = min(deadline, time.monotonic() + self._config.total_timeout)
-            return self._fetch(url, end, visited)
+            return self._fetch(hop, min(deadline, time.monotonic() + left))
         except FetchError as error:
             return Fetched(
                 error.status,
                 str(error),
                 code=error.code,
-                host=visited[-1] if visited else "",
                 transient=error.transient,
                 retry_after=error.retry_after,
             )
         except Exception as error:  # noqa: BLE001 - one row's fetch: whatever a server provokes
-            return Fetched("failed", words(error), host=visited[-1] if visited else "")
+            return Fetched("failed", words(error))
 
     def release(self, fetched: Fetched) -> None:
         """The caller is done with the body."""
@@ -162,26 +173,29 @@ class Fetcher:
     def close(self) -> None:
         self._connector.close()
 
-    def _fetch(
-        self, url: str, deadline: float, visited: list[str], limit: int | None = None
-    ) -> Fetched:
-        """Follows ``url`` to its end; ``visited`` gets the hosts on the way. With ``limit``, a file
-        about a site: no rule holds for it."""
-        target = parse_url(url)
-        for _ in range(self._config.max_redirects + 1):
-            visited.append(target.host)
+    def _fetch(self, hop: Hop, deadline: float, limit: int | None = None) -> Fetched:
+        """Follows ``hop`` as long as it stays with its host. With ``limit``, a file about a site:
+        no rule holds for it, and it is followed to its end, which is done once a site."""
+        began = time.monotonic()
+        url, target = hop.url, parse_url(hop.url)
+        for redirects in range(hop.redirects + 1, self._config.max_redirects + 2):
             if limit is None and (objection := self._rules.objection(url)) is not None:
                 raise FetchError("opted_out", objection)
             with translated(), _Exchange(self._connector.open(target, deadline)) as exchange:
                 response = exchange.get(target, self._agent)
                 location = self._judge(response, headers_count=limit is None)
                 if location is None:
-                    return self._body(response, deadline, target.host, limit)
+                    return self._body(response, deadline, limit)
+            host = target.host
             url, target = _redirected(url, location)
+            elsewhere = limit is None and target.host != host
+            if elsewhere and redirects <= self._config.max_redirects:
+                onward = Hop(url, redirects, hop.seconds + time.monotonic() - began)
+                return Fetched("redirect", code=response.status, onward=onward)
         raise FetchError("redirect", f"more than {self._config.max_redirects} redirects")
 
     def _body(
-        self, response: http.client.HTTPResponse, deadline: float, host: str, limit: int | None
+        self, response: http.client.HTTPResponse, deadline: float, limit: int | None
     ) -> Fetched:
         held = 0
 
@@ -200,7 +214,7 @@ class Fetcher:
             self._memory.give_back(held)
             raise
         kind = response.getheader("Content-Type", "")
-        return Fetched("success", None, body, kind, response.status, host, held=held)
+        return Fetched("success", None, body, kind, response.status, held=held)
 
     def _site_file(self, url: str) -> tuple[int | None, bytes]:
         """robots.txt and the like, for `SiteRules`: their beginning, if they are long.
@@ -210,7 +224,7 @@ class Fetcher:
         """
         deadline = time.monotonic() + self._config.total_timeout
         try:
-            found = self._fetch(url, deadline, [], _RULES_BYTES)
+            found = self._fetch(Hop(url), deadline, _RULES_BYTES)
         except FetchError as error:
             if error.status in {"http_4xx", "redirect"} and not error.transient:
                 return error.code, b""

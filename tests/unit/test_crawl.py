@@ -6,7 +6,7 @@ import math
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from email.utils import format_datetime
 from itertools import pairwise
@@ -14,7 +14,7 @@ from itertools import pairwise
 import pytest
 
 from stages.crawl import Crawler, _Shard, _Url
-from stages.fetch import FetchConfig, Fetched, _seconds
+from stages.fetch import FetchConfig, Fetched, Hop, _seconds
 from stages.hostbook import Claim, HostBook
 from tests.servers import WebServer, picture
 
@@ -81,14 +81,19 @@ def test_how_long_a_retry_waits(web: WebServer, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(time, "monotonic", lambda: 1000.0)
     shard = _Shard(config, None, HostBook(8, 20), math.inf)  # type: ignore[arg-type]  # nothing is fetched
     busy = Fetched("http_5xx", "HTTP 503", transient=True)
+
+    def tried(attempts: int) -> _Url:
+        return _Url("it", "http://web.test/u", Hop("http://cdn.test/u", 1), "cdn.test", attempts)
+
     for attempts in (1, 2, 3, 4):
-        assert shard._retried(_Url("it", "u", "web.test", attempts), busy)
+        assert shard._retried(tried(attempts), busy)
     assert sorted(entry[0] - 1000.0 for entry in shard._later) == [0.25, 0.5, 1.0, 2.0]
     assert set(drawn) == {(0.5, 1.5)}
-    assert not shard._retried(_Url("it", "u", "web.test", 5), busy)
+    assert not shard._retried(tried(5), busy)
     asked = Fetched("http_5xx", "HTTP 503", transient=True, retry_after=7.0)
-    assert shard._retried(_Url("it", "u", "web.test", 1), asked)
+    assert shard._retried(tried(1), asked)
     assert max(entry[0] - 1000.0 for entry in shard._later) == 7.0
+    assert {host for _, _, _, host in shard._later} == {"web.test"}, "from the beginning"
 
 
 def test_a_pause_that_the_host_asks_for_is_kept(web: WebServer) -> None:
@@ -177,6 +182,98 @@ def test_crawlers_that_share_a_book_set_a_host_aside_together(web: WebServer) ->
     found = [fetched for _, fetched in crawler.fetch_all(urls)]
     assert all("set aside after 4 failures" in (fetched.detail or "") for fetched in found)
     assert sum(web.hits.values()) == 4
+
+
+def sent_on(web: WebServer, paths: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """(path → URL on a host of its own that redirects to it, where all these hosts are)."""
+    hosts = {f"{number}.test": web.address for number in range(len(paths))}
+    urls = {
+        path: f"http://{host}/to?{web.url(path)}" for path, host in zip(paths, hosts, strict=True)
+    }
+    return urls, {**hosts, **web.connect_to}
+
+
+def test_a_host_that_many_redirect_to_gets_so_many_requests_at_a_time(web: WebServer) -> None:
+    paths = [f"/slow/0.05/{i}" for i in range(24)]
+    urls, hosts = sent_on(web, paths)
+    config = FetchConfig(connect_to=hosts, host_connections=2, threads=24, retries=0, timeout=20.0)
+    book = HostBook(config.host_connections, config.host_failures)
+    parts = [dict(list(urls.items())[n::3]) for n in range(3)]  # of workers that share the host
+
+    def crawl_one(part: dict[str, str]) -> dict[str, str]:
+        crawler = Crawler(config, book)
+        found = dict(crawler.fetch_all(part))
+        crawler.close()
+        return statuses(found)
+
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for part, found in zip(parts, pool.map(crawl_one, parts), strict=True):
+            assert found == dict.fromkeys(part, "success")
+    assert web.most_at_once <= 2
+    assert [web.hits[path] for path in paths] == [1] * 24
+    assert not book._hosts, "all that was claimed is given back"
+
+
+def test_a_host_that_waits_to_be_asked_delays_nobody_who_sends_others_there(
+    web: WebServer,
+) -> None:
+    urls, hosts = sent_on(web, [f"/slow/0.3/{i}" for i in range(4)])
+    config = FetchConfig(connect_to=hosts, host_connections=1, threads=2, retries=0, timeout=20.0)
+    web.serve("/good.jpg", picture())
+    urls |= {f"fast {i}": f"http://{i}.test/good.jpg" for i in range(4)}
+    crawler = Crawler(config)
+    order = [key for key, _ in crawler.fetch_all(urls)]
+    crawler.close()
+    assert {key.startswith("fast") for key in order[:4]} == {True}
+
+
+def test_redirects_that_go_round_between_hosts_end(web: WebServer) -> None:
+    web.serve("/one", b"", status=302, Location="http://other.test/two")
+    web.serve("/two", b"", status=302, Location=web.url("/one"))
+    both = {**web.connect_to, "other.test": web.address}
+    found = crawl(web, "/one", connect_to=both, max_redirects=4, shard_timeout=20.0)["/one"]
+    assert (found.status, found.detail) == ("redirect", "more than 4 redirects")
+    assert (web.hits["/one"], web.hits["/two"]) == (3, 2)
+
+
+def test_behind_redirects_a_host_that_is_set_aside_is_not_asked(web: WebServer) -> None:
+    fail = [f"/flaky/99/{i}" for i in range(3)]
+    urls, hosts = sent_on(web, [*fail, "/good.jpg"])
+    web.serve("/good.jpg", picture())
+    config = FetchConfig(connect_to=hosts, host_failures=3, retries=0)
+    crawler = Crawler(config)
+    good = urls.pop("/good.jpg")
+    assert set(statuses(dict(crawler.fetch_all(urls))).values()) == {"http_5xx"}
+    ((_, found),) = crawler.fetch_all({"it": good})
+    crawler.close()
+    assert found.status == "http_5xx"
+    assert "set aside after 3 failures" in (found.detail or "")
+    assert web.hits["/good.jpg"] == 0
+    assert sum(web.hits[path] for path in fail) == 3
+
+
+def test_behind_redirects_a_pause_that_the_host_asks_for_is_kept(web: WebServer) -> None:
+    paths = ["/later/1/x", "/good.jpg"]
+    urls, hosts = sent_on(web, paths)
+    web.serve("/good.jpg", picture())
+    crawler = Crawler(FetchConfig(connect_to=hosts, retries=0))
+    found = [fetched for path in paths for _, fetched in crawler.fetch_all({path: urls[path]})]
+    crawler.close()
+    assert [(fetched.status, fetched.code) for fetched in found] == [
+        ("http_4xx", 429),
+        ("success", 200),
+    ]
+    ((asked,), (then,)) = (web.times[path] for path in paths)
+    assert then - asked >= 1
+
+
+def test_an_attempt_that_was_redirected_is_made_again_from_its_beginning(web: WebServer) -> None:
+    urls, hosts = sent_on(web, ["/flaky/2/x"])
+    crawler = Crawler(FetchConfig(connect_to=hosts, retries=2, backoff=0.01))
+    assert statuses(dict(crawler.fetch_all(urls))) == {"/flaky/2/x": "success"}
+    crawler.close()
+    assert web.hits["/flaky/2/x"] == 3
+    assert web.hits[f"/to?{web.url('/flaky/2/x')}"] == 3
 
 
 def test_what_never_comes_is_a_timeout_when_the_shard_is_over(web: WebServer) -> None:

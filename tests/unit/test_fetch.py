@@ -13,7 +13,7 @@ import pytest
 from pydantic import ValidationError
 
 from stages.crawl import Crawler
-from stages.fetch import FetchConfig, Fetched, Fetcher
+from stages.fetch import FetchConfig, Fetched, Fetcher, Hop
 from tests.servers import WebServer, gzip_bomb, known_locally, picture
 
 Fetch = Callable[..., Fetched]
@@ -108,6 +108,24 @@ def test_redirects_are_followed_relative_and_to_other_hosts(fetch: Fetch, web: W
     assert fetch("/to?/good.jpg", max_redirects=0).status == "redirect"
 
 
+def test_what_an_attempt_has_used_up_goes_on_with_it_to_another_host(web: WebServer) -> None:
+    both = {**web.connect_to, "cdn.test": web.address}
+    fetcher = Fetcher(FetchConfig(connect_to=both, max_redirects=3, total_timeout=20.0))
+    url = web.url("/to?http://cdn.test/good.jpg")
+    onward = fetcher.fetch(Hop(url, 2, 5.0)).onward
+    assert onward is not None
+    assert onward[:2] == ("http://cdn.test/good.jpg", 3)
+    assert onward.seconds > 5.0
+    assert fetcher.fetch(onward).body == picture()
+    before = web.hits.copy()
+    assert fetcher.fetch(onward._replace(seconds=20.0)).status == "timeout"
+    assert web.hits == before, "nothing was left to ask with"
+    last = fetcher.fetch(Hop(url, 3))
+    assert (last.status, last.onward) == ("redirect", None)
+    assert last.detail == "more than 3 redirects"
+    fetcher.close()
+
+
 def test_compressed_bodies_are_expanded(fetch: Fetch, web: WebServer) -> None:
     import gzip
 
@@ -194,9 +212,9 @@ def test_a_certificate_that_nobody_signed_is_tls(fetch: Fetch, tmp_path: Path) -
 def test_one_fetcher_serves_many_threads(fetch: Fetch, web: WebServer) -> None:
     fetcher = Fetcher(FetchConfig(connect_to=web.connect_to))
     bodies: list[bytes] = []
+    good = Hop(web.url("/good.jpg"))
     work = [
-        threading.Thread(target=lambda: bodies.append(fetcher.fetch(web.url("/good.jpg")).body))
-        for _ in range(40)
+        threading.Thread(target=lambda: bodies.append(fetcher.fetch(good).body)) for _ in range(40)
     ]
     for thread in work:
         thread.start()
@@ -212,8 +230,8 @@ def test_unforeseen_errors_stay_with_their_row(monkeypatch: pytest.MonkeyPatch) 
 
     fetcher = Fetcher(FetchConfig())
     monkeypatch.setattr(fetcher._connector, "open", explode)
-    fetched = fetcher.fetch("http://web.test/x.jpg")
-    assert fetched == Fetched("failed", "RuntimeError: what now", host="web.test")
+    fetched = fetcher.fetch(Hop("http://web.test/x.jpg"))
+    assert fetched == Fetched("failed", "RuntimeError: what now")
 
 
 def test_addresses_to_connect_to_are_checked() -> None:

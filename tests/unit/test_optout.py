@@ -173,6 +173,32 @@ def test_robots_txt_holds_behind_redirects_too(web: WebServer) -> None:
 
 
 @pytest.mark.parametrize(
+    ("file", "body", "option"),
+    [
+        ("/robots.txt", ROBOTS, "respect_robots"),
+        (
+            "/.well-known/tdmrep.json",
+            b'[{"location": "/closed/", "tdm-reservation": 1}]',
+            "respect_tdmrep",
+        ),
+    ],
+)
+def test_what_a_host_says_holds_for_who_is_redirected_to_it(
+    web: WebServer, file: str, body: bytes, option: str
+) -> None:
+    with WebServer("other.test") as other:
+        other.serve(file, body)
+        other.serve("/closed/a.jpg", picture())
+        path = f"/to?{other.url('/closed/a.jpg')}"
+        both = {**web.connect_to, **other.connect_to}
+        crawler = Crawler(FetchConfig(connect_to=both, retries=0, **{option: True}))
+        ((_, found),) = crawler.fetch_all({"it": web.url(path)})
+        crawler.close()
+        assert found.status == "opted_out"
+        assert other.hits["/closed/a.jpg"] == 0
+
+
+@pytest.mark.parametrize(
     ("document", "outcomes"),
     [
         (b'[{"location": "/closed/", "tdm-reservation": 1}]', ("success", "opted_out")),
