@@ -24,6 +24,7 @@ from pipeline.store import Store
 from stages import ids
 from stages.download import RETRYABLE
 from stages.fetch import TRY_AGAIN_CODES
+from stages.ingest import parted
 from stages.schemas import SOURCES
 
 
@@ -94,17 +95,7 @@ def _read(store: Store, record: Record, columns: list[str] | None) -> pa.Table:
 def _write(rows: Iterator[pa.Table], folder: Path, size: int, first: int) -> list[Path]:
     """Shards of at most ``size`` rows, numbered from ``first``."""
     files: list[Path] = []
-
-    def flush(table: pa.Table) -> None:
+    for table in parted(rows, size):
         files.append(folder / f"shard={first + len(files):06d}.parquet")
-        pq.write_table(table.combine_chunks(), files[-1])
-
-    pending = SOURCES.empty_table()
-    for table in rows:
-        pending = pa.concat_tables([pending, table])
-        while len(pending) >= size:
-            flush(pending.slice(0, size))
-            pending = pending.slice(size)
-    if len(pending):
-        flush(pending)
+        pq.write_table(table, files[-1])
     return files

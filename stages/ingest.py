@@ -193,15 +193,17 @@ def read_rows(file: SourceFile, language: bool = False) -> Iterator[pa.Table]:
 
 
 def cut(tables: Iterable[pa.Table], shard_size: int, seen: SeenPairs) -> Iterator[pa.Table]:
-    """Tables of at most ``shard_size`` rows, ``repeat_of`` filled.
+    """Tables as of `parted`, ``repeat_of`` filled; ``seen`` learns the rows."""
+    yield from parted((mark_repeats(table, seen, SOURCES) for table in tables), shard_size)
 
-    Rows of one image that follow each other stay in one shard where that leaves it half full at
-    least. ``seen`` learns the rows.
-    """
+
+def parted(tables: Iterable[pa.Table], shard_size: int) -> Iterator[pa.Table]:
+    """Tables of at most ``shard_size`` rows. Rows of one image that follow each other stay in one
+    shard where that leaves it half full at least."""
     pending: list[pa.Table] = []
     rows = 0
     for table in tables:
-        pending.append(mark_repeats(table, seen, SOURCES))
+        pending.append(table)
         rows += table.num_rows
         if rows <= shard_size:
             continue

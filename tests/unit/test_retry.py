@@ -114,6 +114,24 @@ def test_what_may_have_passed_is_tried_again_in_new_shards(run: tuple[Store, obj
         assert changed == {"row_id", "retry_of"}
 
 
+def test_texts_of_one_image_are_tried_again_in_one_shard(
+    run: tuple[Store, object], tmp_path: Path
+) -> None:
+    """Or it would be fetched twice."""
+    store, config = run
+    urls = ["http://w.test/a.jpg"] * 2 + ["http://w.test/b.jpg"] * 2
+    (tmp_path / "web.txt").write_text("".join(f"{url}\ttext {n}\n" for n, url in enumerate(urls)))
+    first = ingest(config, store)
+    fetched(store, first, dict.fromkeys(urls, ("timeout", 0)))
+    assert retry_failed(config, store) == 4
+    shards = ingest(config, store)
+    new = [
+        store.read_table(tables(store.read_record(shards[shard][1]))[0].payload)["url"].to_pylist()
+        for shard in sorted(shards.keys() - first.keys())
+    ]
+    assert new == [urls[:2], urls[2:]]
+
+
 def test_only_what_failed_again_is_tried_again_again(run: tuple[Store, object]) -> None:
     store, config = run
     fetched(
