@@ -179,7 +179,7 @@ class Fetcher:
         began = time.monotonic()
         url, target = hop.url, parse_url(hop.url)
         for redirects in range(hop.redirects + 1, self._config.max_redirects + 2):
-            if limit is None and (objection := self._rules.objection(url)) is not None:
+            if limit is None and (objection := self._rules.objection(url, deadline)) is not None:
                 raise FetchError("opted_out", objection)
             with translated(), _Exchange(self._connector.open(target, deadline)) as exchange:
                 response = exchange.get(target, self._agent)
@@ -216,13 +216,12 @@ class Fetcher:
         kind = response.getheader("Content-Type", "")
         return Fetched("success", None, body, kind, response.status, held=held)
 
-    def _site_file(self, url: str) -> tuple[int | None, bytes]:
+    def _site_file(self, url: str, deadline: float) -> tuple[int | None, bytes]:
         """robots.txt and the like, for `SiteRules`: their beginning, if they are long.
 
         Raises:
             FetchError: nobody knows what the file says, today.
         """
-        deadline = time.monotonic() + self._config.total_timeout
         try:
             found = self._fetch(Hop(url), deadline, _RULES_BYTES)
         except FetchError as error:

@@ -7,6 +7,7 @@ name of an agent, so that ``unavailable_after: …, noai`` opts nobody out.
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -27,9 +28,9 @@ _WITH_VALUE = frozenset(
 )
 _HOSTS_REMEMBERED = 10_000
 
-Read = Callable[[str], tuple[int | None, bytes]]
-"""URL → (HTTP status, or None where redirects led nowhere; body). Raises `FetchError` where that
-may be another on another day."""
+Read = Callable[[str, float], tuple[int | None, bytes]]
+"""(URL, deadline) → (HTTP status, or None where redirects led nowhere; body). Raises `FetchError`
+where that may be another on another day."""
 Rule = Callable[[str], str | None]
 """URL → what disallows it, or None."""
 
@@ -85,11 +86,11 @@ class SiteRules:
         self._known: OrderedDict[str, _Site] = OrderedDict()
         self._lock = threading.Lock()
 
-    def objection(self, url: str) -> str | None:
+    def objection(self, url: str, deadline: float = math.inf) -> str | None:
         """Which of the host's rules disallows ``url``, or None.
 
         Raises:
-            FetchError: the rules cannot be read now.
+            FetchError: the rules cannot be read now, or by ``deadline`` (of `time.monotonic`).
         """
         if not (self._robots or self._tdmrep):
             return None
@@ -100,29 +101,34 @@ class SiteRules:
             self._known.move_to_end(name)
             if len(self._known) > _HOSTS_REMEMBERED:
                 self._known.popitem(last=False)
-        rules = self._read_once(name, site)
+        rules = self._read_once(name, site, deadline)
         return next((said for rule in rules if (said := rule(url)) is not None), None)
 
-    def _read_once(self, name: str, site: _Site) -> list[Rule]:
+    def _read_once(self, name: str, site: _Site, deadline: float) -> list[Rule]:
         """The first to come asks the host, the others wait for what it says, or for its failure:
         if each asked a host that hangs, they would wait for each other as well."""
         came = time.monotonic()
-        with site.lock:
+        if not site.lock.acquire(timeout=min(max(0.0, deadline - came), threading.TIMEOUT_MAX)):
+            what = f"total time is up while another asks for the rules of {name[-100:]}"
+            raise FetchError("timeout", what, transient=True)
+        try:
             if site.rules is None:
                 if site.failure is not None and site.failed_at >= came:
                     raise site.failure
                 try:
-                    site.rules = list(self._rules(name))
+                    site.rules = list(self._rules(name, deadline))
                 except FetchError as error:
                     site.failure, site.failed_at = error, time.monotonic()
                     raise
             return site.rules
+        finally:
+            site.lock.release()
 
-    def _rules(self, site: str) -> Iterable[Rule]:
+    def _rules(self, site: str, deadline: float) -> Iterable[Rule]:
         if self._robots:
-            yield _robots_rule(*self._read(f"{site}/robots.txt"), self._agent)
+            yield _robots_rule(*self._read(f"{site}/robots.txt", deadline), self._agent)
         if self._tdmrep:
-            yield _tdm_rule(*self._read(f"{site}/.well-known/tdmrep.json"))
+            yield _tdm_rule(*self._read(f"{site}/.well-known/tdmrep.json", deadline))
 
 
 def _robots_rule(code: int | None, body: bytes, agent: str) -> Rule:

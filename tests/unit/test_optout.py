@@ -13,7 +13,7 @@ import pytest
 
 from stages.connect import FetchError
 from stages.crawl import Crawler
-from stages.fetch import FetchConfig, Fetched
+from stages.fetch import FetchConfig, Fetched, Fetcher, Hop
 from stages.optout import OPT_OUT_DIRECTIVES, SiteRules, header_objection
 from tests.servers import WebServer, picture
 
@@ -137,7 +137,7 @@ def test_who_waits_for_rules_that_fail_to_come_does_not_ask_again() -> None:
     """Or a host that hangs would hang for each of its URLs in turn."""
     threads, asked, came = 6, Counter[str](), threading.Semaphore(0)
 
-    def read(url: str) -> tuple[int | None, bytes]:
+    def read(url: str, _: float) -> tuple[int | None, bytes]:
         asked[url] += 1
         if asked.total() == 1:
             for _ in range(threads):
@@ -157,6 +157,37 @@ def test_who_waits_for_rules_that_fail_to_come_does_not_ask_again() -> None:
         futures = [pool.submit(ask) for _ in range(threads)]
         assert {future.result() for future in futures} == {"timeout"}
     assert asked.total() < threads
+
+
+def test_who_waits_for_rules_waits_no_longer_than_its_own_time() -> None:
+    asked, end = threading.Event(), threading.Event()
+
+    def read(url: str, deadline: float) -> tuple[int | None, bytes]:
+        asked.set()
+        end.wait()
+        return 404, b""
+
+    rules = SiteRules(read, "capfilt", robots=True, tdmrep=False)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(rules.objection, "http://web.test/a.jpg")
+        asked.wait()
+        late = time.monotonic() + 0.1
+        second = pool.submit(rules.objection, "http://web.test/b.jpg", late)
+        try:
+            with pytest.raises(FetchError, match=r"rules of http://web\.test") as raised:
+                second.result(timeout=20)
+        finally:
+            end.set()
+        assert (raised.value.status, raised.value.transient) == ("timeout", True)
+        assert first.result() is None
+
+
+def test_asking_for_rules_is_part_of_an_attempt(web: WebServer) -> None:
+    config = FetchConfig(connect_to=web.connect_to, respect_robots=True, total_timeout=20.0)
+    fetcher = Fetcher(config)
+    assert fetcher.fetch(Hop(web.url("/open/a.jpg"), 1, 20.0)).status == "timeout"
+    fetcher.close()
+    assert not web.hits, "nothing was left to ask with"
 
 
 def test_a_long_robots_txt_is_cut_not_ignored(web: WebServer) -> None:
