@@ -150,7 +150,8 @@ def wrongs(store: Store, shards: dict[str, tuple[str, str]], asked: list[str]) -
     records = [store.read_record(name) for name in published(store)]
     of_shard = Counter(record.shard for record in records)
     truth = Counter(
-        (f"text {number}", FAULTS.get(path, "success")) for number, path in enumerate(asked)
+        (f"text {number}", FAULTS.get(path, ("success", 200))[0])
+        for number, path in enumerate(asked)
     )
     found: Counter[tuple[str, str]] = Counter()
     lost_images = 0
