@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import threading
 import time
 from collections import OrderedDict
@@ -16,7 +17,8 @@ from dataclasses import dataclass, field
 from email.message import Message
 from fnmatch import fnmatchcase
 from urllib.parse import urlsplit
-from urllib.robotparser import RobotFileParser
+
+from protego import Protego
 
 from stages.connect import FetchError
 
@@ -26,6 +28,12 @@ OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 _WITH_VALUE = frozenset(
     {"unavailable_after", "max-snippet", "max-image-preview", "max-video-preview"}
 )
+_MEANT = {"none": "noindex"}
+"""Directive → the one that it includes."""
+
+_AGENT_LINE = re.compile(r"\s*user(?:-|\s*)agent(?:\s*:|\s)\s*(.*)", re.IGNORECASE)
+_WILDCARD_STEPS = 10_000_000
+"""Wildcards of a robots.txt times characters of a URL: some tenths of a second at most."""
 _HOSTS_REMEMBERED = 10_000
 
 Read = Callable[[str, float], tuple[int | None, bytes]]
@@ -42,7 +50,8 @@ def header_objection(headers: Message, agent: str, directives: Collection[str]) 
     ``agent``; ``TDM-Reservation: 1`` (the W3C's TDMRep) always does.
     """
     for value in headers.get_all("X-Robots-Tag", []):
-        found = next((d for d in _directives(str(value), agent) if d in directives), None)
+        said = _directives(str(value), agent)
+        found = next((d for d in said if d in directives or _MEANT.get(d) in directives), None)
         if found is not None:
             return f"X-Robots-Tag: {found}"
     if str(headers.get("TDM-Reservation", "")).strip() == "1":
@@ -51,11 +60,12 @@ def header_objection(headers: Message, agent: str, directives: Collection[str]) 
 
 
 def _directives(value: str, agent: str) -> Iterable[str]:
-    """The directives in one header that hold for ``agent``; a name holds up to the next one."""
+    """The directives in one header that hold for ``agent``; a name holds up to the next one. Other
+    names with a blank are none but the rest of a date."""
     holds = True
-    for part in value.lower().split(","):
+    for part in re.split("[,;]", value.lower()):
         name, colon, rest = (piece.strip() for piece in part.partition(":"))
-        if colon and name not in _WITH_VALUE:
+        if colon and name not in _WITH_VALUE and (" " not in name or name == agent):
             holds, name = name == agent, rest
         if holds:
             yield name
@@ -133,21 +143,38 @@ class SiteRules:
 
 def _robots_rule(code: int | None, body: bytes, agent: str) -> Rule:
     """RFC 9309, 2.3.1: no such file allows everything, one that redirects hide nothing."""
-    parser = RobotFileParser()
     if code is not None and code < 300:
-        parser.parse(body.decode("utf-8", "replace").splitlines())
+        text = _for_us(body.decode("utf-8-sig", "replace"), agent)
     elif code is not None and 400 <= code < 500:
-        parser.parse([])
+        text = ""
     else:
         return lambda _: f"robots.txt cannot be read (HTTP {code})" if code else "no robots.txt"
+    parser, wildcards = Protego.parse(text), text.count("*")
 
     def rule(url: str) -> str | None:
+        if wildcards * len(url) > _WILDCARD_STEPS:
+            return f"robots.txt: {wildcards} wildcards for a URL of {len(url)} characters"
         try:
-            return None if parser.can_fetch(agent, url) else "robots.txt"
+            return None if parser.can_fetch(url, agent) else "robots.txt"
         except ValueError:
             return "robots.txt is unreadable"
 
     return rule
+
+
+def _for_us(text: str, agent: str) -> str:
+    """A robots.txt in which groups for others have no name.
+
+    Protego keeps each rule for each agent, a product that fills the memory where a file has
+    thousands of both; and it takes a name that ours begins with for ours, ours with a version not.
+    """
+    ours = re.compile(rf"(?:\*|{re.escape(agent)})(?![\w-])", re.IGNORECASE)
+    lines = text.splitlines()
+    for number, line in enumerate(lines):
+        if (agents := _AGENT_LINE.match(line)) is not None:
+            name = ours.match(agents[1])
+            lines[number] = f"User-agent: {name[0] if name else ''}"
+    return "\n".join(lines)
 
 
 def _tdm_rule(code: int | None, body: bytes) -> Rule:

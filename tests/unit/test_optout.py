@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,11 @@ from tests.servers import WebServer, picture
         (["unavailable_after: 25 Jun 2030 15:00:00 PST, noai"], "noai"),
         (["max-image-preview: large, noai"], "noai"),
         (["otherbot: max-snippet: 5, noai"], None),
+        (["unavailable_after: Wed, 25 Jun 2030 15:00:00 GMT, noai"], "noai"),
+        (["none"], "none"),
+        (["otherbot: none"], None),
+        (["noarchive; noai"], "noai"),
+        (["otherbot: noarchive; noai"], None),
         ([":"], None),
         ([",,,:,"], None),
     ],
@@ -46,6 +52,13 @@ def test_robots_headers(headers: list[str], objection: str | None) -> None:
         message["X-Robots-Tag"] = header
     found = header_objection(message, "capfilt", OPT_OUT_DIRECTIVES)
     assert found == (None if objection is None else f"X-Robots-Tag: {objection}")
+
+
+def test_none_counts_where_noindex_does() -> None:
+    message = Message()
+    message["X-Robots-Tag"] = "none"
+    assert header_objection(message, "capfilt", {"noindex"}) is not None
+    assert header_objection(message, "capfilt", {"noai"}) is None
 
 
 @pytest.mark.parametrize(("value", "reserved"), [("1", True), (" 1 ", True), ("0", False)])
@@ -195,6 +208,58 @@ def test_a_long_robots_txt_is_cut_not_ignored(web: WebServer) -> None:
     paths = ("/open/a.jpg", "/closed/a.jpg")
     found = crawl(web, *paths, respect_robots=True)
     assert [found[path].status for path in paths] == ["success", "opted_out"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "closed"),
+    [
+        (["User-agent: *", "Disallow: /*.jpg"], True),
+        (["User-agent: *", "Disallow: /*.png"], False),
+        (["User-agent: *", "Disallow: /*.jpg$"], True),
+        (["User-agent: *", "Disallow: /c/a$"], False),
+        (["User-agent: *", "Disallow: /", "Allow: /c/"], False),
+        (["User-agent: *", "Allow: /", "Disallow: /c/"], True),
+        (["User-agent: *", "Allow: /c", "Disallow: /*a.jpg"], True),
+        (["User-agent: *", "Disallow: /c", "Allow: /c"], False),
+        (["User-agent: *", "Disallow: /%63/"], True),
+        (["User-agent: capfilt", "Disallow: /x/", "User-agent: CapFilt", "Disallow: /c/"], True),
+        (["User-agent: other", "User-agent: capfilt", "Disallow: /c/"], True),
+        (["User-agent: capfilt", "", "Disallow: /x/", "", "Disallow: /c/"], True),
+        (["User-agent: capfilt", "Sitemap: http://web.test/s.xml", "Disallow: /c/"], True),
+        (["\ufeffUser-agent: *", "Disallow: /c/"], True),
+        (["User-agent: *", "Disallow: /", "User-agent: capfilt", "Disallow: /x/"], False),
+        (["User-agent: capfilt", "Disallow:", "User-agent: *", "Disallow: /"], False),
+        (["User-agent: *", "Disallow: /x/", "User-agent: capfilt", "Disallow: /c/"], True),
+        (["User-agent: *", "Allow: /", "User-agent: capfilt/1.0 # us", "Disallow: /c/"], True),
+        (["User-agent: *", "Disallow: /", "User-agent: cap", "Allow: /"], True),
+        (["User-agent: *", "Disallow: /", "User-agent: capfilt-news", "Allow: /"], True),
+        (["User-agent: other", "Disallow: /"], False),
+        (["user agent *", "disallow: /c/"], True),
+    ],
+)
+def test_robots_txt_is_read_as_rfc_9309_says(lines: list[str], closed: bool) -> None:
+    for end in ("\n", "\r\n", "\r"):
+        body = end.join(lines).encode()
+        rules = SiteRules(lambda _, body=body: (200, body), "capfilt", robots=True, tdmrep=False)
+        found = rules.objection("http://web.test/c/a.jpg")
+        assert found == ("robots.txt" if closed else None)
+
+
+def test_robots_txt_of_thousands_of_agents_rules_and_wildcards_is_bounded() -> None:
+    agents = "".join(f"user-agent:{number}\n" for number in range(2_000))
+    rules = "".join(f"allow:{number}\n" for number in range(2_000))
+    body = (agents + rules + "user-agent:*\n" + "disallow:*ab\n" * 10_000).encode()
+    site = SiteRules(lambda _: (200, body), "capfilt", robots=True, tdmrep=False)
+    tracemalloc.start()
+    try:
+        assert site.objection("http://web.test/a.jpg") is None
+        assert site.objection("http://web.test/ab.jpg") == "robots.txt"
+        long = site.objection("http://web.test/" + "a" * 60_000)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert long == "robots.txt: 10001 wildcards for a URL of 60016 characters"
+    assert peak < 50_000_000
 
 
 def test_robots_txt_holds_behind_redirects_too(web: WebServer) -> None:
