@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,13 @@ from PIL import ExifTags, Image, ImageFile
 # Raster formats of the web. Never EPS: opening one runs Ghostscript on the file's program.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000", "ICO")
 MAX_PIXELS = 89_478_485  # Pillow's own warning threshold: a quarter of a GB in RGB
+MAX_SCANS = 100
+"""Of a JPEG. Encoders write about 10; each costs a pass over all pixels, and 53 bytes can ask for
+one."""
+
+_MAX_MARKERS = 10_000  # some hundred are usual at most, in files with long metadata
+# What a decoder of JPEG takes for a marker: not a stuffed 0xFF, a restart or padding.
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -44,12 +52,13 @@ def decode(
     - 16-bit samples keep their high byte; floats are read as 0 to 1 where none exceeds 1, else as
       0 to 255.
 
-    The pixel count is checked before any pixel is decoded. Raises `DecodeError` for bytes that
-    are damaged, truncated, too large, or in a format outside `FORMATS`.
+    The pixel count and a JPEG's scans are counted before any pixel is decoded. Raises `DecodeError`
+    for bytes that are damaged, truncated, too large, or in a format outside `FORMATS`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, max_pixels)
+            _check_scans(data)
             if cover is not None:
                 image.draft(None, (cover, cover))
             return _decoded(image, max_pixels, from_cmyk)
@@ -66,6 +75,25 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise DecodeError(f"image is empty: {width}x{height} pixels")
     if width * height > max_pixels:
         raise DecodeError(f"image is too large: {width}x{height}, at most {max_pixels} pixels")
+
+
+def _check_scans(data: bytes) -> None:
+    """Raises `DecodeError` for a JPEG with too many scans before its end. What EXIF holds, and what
+    follows the end (a film, say), does not count: it may be any bytes."""
+    if not data.startswith(b"\xff\xd8") or data.count(b"\xff\xda") <= MAX_SCANS:
+        return
+    at = scans = 0
+    for _ in range(_MAX_MARKERS):
+        found = _MARKER.search(data, at)
+        if found is None or found[1] == b"\xd9":  # end of image
+            return
+        at = found.end()
+        scans += found[1] == b"\xda"
+        if scans > MAX_SCANS:
+            break
+        if found[1] >= b"\xc0" and found[1] != b"\xd8":  # a segment, its length first
+            at += int.from_bytes(data[at : at + 2])
+    raise DecodeError(f"a JPEG of more than {MAX_SCANS} scans or {_MAX_MARKERS} markers")
 
 
 def _decoded(

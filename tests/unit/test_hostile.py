@@ -97,6 +97,13 @@ def text_bomb() -> bytes:
     return encoded(Image.new("RGB", (8, 8)), "PNG", pnginfo=info)
 
 
+def many_scans() -> bytes:
+    """A progressive JPEG of 16 megapixels whose last scan, of 53 bytes, comes 10,000 times."""
+    data = encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True)
+    table = data.rfind(b"\xff\xc4")
+    return data[:-2] + data[table:-2] * 10_000 + data[-2:]
+
+
 BOMBS: dict[str, tuple[Callable[[], bytes], set[str]]] = {
     "more pixels than declared": (lambda: png(8, 8, bytes(100_000_000)), {"success", "decode"}),
     "fewer pixels than declared": (lambda: png(4000, 4000, bytes(100)), {"decode"}),
@@ -112,6 +119,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], set[str]]] = {
         ),
         {"success"},
     ),
+    "many scans": (many_scans, {"decode"}),
     "grey TIFF": (
         lambda: encoded(Image.new("L", (40_000, 40_000)), "TIFF", compression="tiff_deflate"),
         {"too_large"},

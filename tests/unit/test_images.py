@@ -182,6 +182,35 @@ def test_too_many_pixels_are_refused_before_decoding() -> None:
     assert decode(encoded(noise(10, 10)), max_pixels=100).size == (10, 10)
 
 
+def progressive(scans: int, more: bytes = b"") -> bytes:
+    """A JPEG of so many scans with ``more`` before the last."""
+    data = encoded(noise(24, 24).convert("L"), "JPEG", progressive=True)
+    last = data.rfind(b"\xff\xc4")
+    return data[:last] + more + data[last:-2] * (scans - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+def test_a_jpeg_has_a_hundred_scans_at_most() -> None:
+    assert decode(progressive(100)).size == (24, 24)
+    with pytest.raises(DecodeError, match="more than 100 scans"):
+        decode(progressive(101))
+
+
+def test_what_a_decoder_skips_are_no_scans() -> None:
+    """Thumbnails and notes in metadata, and what a phone appends to a picture."""
+    scans = b"\xff\xda\x00\x02" * 101
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + len(scans)) + scans
+    assert decode(progressive(10, segment) + scans).size == (24, 24)
+
+
+def test_scans_do_not_hide_behind_bytes_that_are_no_segment() -> None:
+    """A decoder that finds such bytes within a scan looks on right behind them."""
+    hidden = b"\xff\x02\xff\xff" + b"\xff\xd8\xff\xff"
+    with pytest.raises(DecodeError, match="more than 100 scans"):
+        decode(progressive(101, hidden))
+    with pytest.raises(DecodeError, match="10000 markers"):
+        decode(progressive(99, b"\xff\xda\x00\x02" * 2 + b"\xff\x02" * 10_000))
+
+
 @pytest.mark.parametrize(
     "data",
     [b"", b"<html>not found</html>", encoded(noise(64, 64), "JPEG")[:-600], b"%!PS-Adobe-3.0 EPSF"],
