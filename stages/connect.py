@@ -24,6 +24,8 @@ _HOST = re.compile(r"[A-Za-z0-9._-]+")
 _SAFE_IN_URL = "%/:=&?~+!$,;'@()*[]"
 # Reached from inside Azure although the address is public.
 _METADATA_ADDRESSES = frozenset({"168.63.129.16"})
+# Which Python 3.11 takes for global: IETF's protocols, 6to4 relays, site-local addresses.
+_NOT_GLOBAL = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "fec0::/10")))
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
@@ -84,7 +86,7 @@ def is_public(address: str) -> bool:
     """Whether an IP address lies outside: not private, loopback, link-local, multicast, reserved
     or a cloud's metadata service, also where IPv6 wraps an IPv4 address."""
     ip = ipaddress.ip_address(address.partition("%")[0])
-    if str(ip) in _METADATA_ADDRESSES:
+    if str(ip) in _METADATA_ADDRESSES or any(ip in network for network in _NOT_GLOBAL):
         return False
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]
@@ -131,28 +133,34 @@ class Connector:
         self._resolver.shutdown(wait=False, cancel_futures=True)
 
     def open(self, target: Target, deadline: float) -> TimedSocket:
-        """A connection to ``target``, unusable after ``deadline`` (of `time.monotonic`).
+        """A connection to ``target``, unusable after ``deadline`` (of `time.monotonic`). Of several
+        addresses, each but the last may take half of the time that is left to connect.
 
         Raises:
             FetchError: dns, timeout, blocked_address or refused.
             OSError: as sockets do; `translated` names them.
         """
         problem: OSError | None = None
-        for family, address in self._addresses(target, deadline):
+        addresses = self._addresses(target, deadline)
+        end = min(deadline, time.monotonic() + self._timeout)
+        for number, (family, address) in enumerate(addresses, 1):
             sock = socket.socket(family, socket.SOCK_STREAM)
             try:
+                left = _left(end, self._timeout)
+                sock.settimeout(left if number == len(addresses) else left / 2)
                 return self._opened(sock, address, target, deadline)
             except OSError as error:
                 sock.close()
-                if isinstance(error, TimeoutError | ssl.SSLError | ConnectionResetError):
+                if isinstance(error, ssl.SSLError | ConnectionResetError):
                     raise
                 problem = error
+        if isinstance(problem, TimeoutError):
+            raise problem
         raise FetchError("refused", words(problem or OSError("no address")), transient=True)
 
     def _opened(
         self, sock: socket.socket, address: Any, target: Target, deadline: float
     ) -> TimedSocket:
-        sock.settimeout(_left(deadline, self._timeout))
         sock.connect(address)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if target.scheme == "https":

@@ -4,6 +4,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
@@ -85,6 +86,12 @@ def test_public_addresses(address: str) -> None:
         "::ffff:10.0.0.1",
         "64:ff9b::7f00:1",
         "2002:7f00:1::",
+        "192.0.0.192",  # Oracle's metadata
+        "192.0.0.8",
+        "192.88.99.1",
+        "::ffff:192.0.0.192",
+        "fec0::1",
+        "feff::1",
     ],
 )
 def test_addresses_inside_the_network(address: str) -> None:
@@ -139,6 +146,31 @@ def test_a_closed_port_is_refused() -> None:
     with pytest.raises(FetchError) as caught:
         connector(private_hosts=("localhost",)).open(Target("http", "localhost", port, "/"), soon())
     assert (caught.value.status, caught.value.transient) == ("refused", True)
+
+
+def test_an_address_that_hangs_leaves_time_for_the_next(
+    monkeypatch: pytest.MonkeyPatch, listener: socket.socket
+) -> None:
+    """As where IPv6 has an address and no route."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full, ExitStack() as held:
+        hangs = full.getsockname()
+        for _ in range(8):  # the kernel lets nobody in once the queue is full
+            waiting = held.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(hangs)
+        answers = [
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", address)
+            for address in (hangs, listener.getsockname())
+        ]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_: answers)
+        calm = connector(private_hosts=("two.test",))
+        target = Target("http", "two.test", 80, "/")
+        calm.open(target, soon()).shut()
+        listener.settimeout(1)
+        listener.accept()[0].close()
+        del answers[1]
+        with pytest.raises(TimeoutError):
+            calm.open(target, soon())
 
 
 def test_a_slow_look_up_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
