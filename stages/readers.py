@@ -20,6 +20,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -56,7 +57,8 @@ class SourceConfig(Config):
     hash_column: str | None = None
     """Column with the md5, sha1, sha256 or sha512 of the image, in hex; other bytes are refused."""
     keep_columns: tuple[str, ...] = ()
-    """Further columns to keep, as JSON in the column ``extra``: licence, similarity, NSFW score."""
+    """Further columns to keep, as JSON in the column ``extra``: licence, similarity, NSFW score.
+    Numbers that are not finite are null there, and bytes are hex."""
     split: tuple[str, ...] = ()
     """Karpathy-style JSON: only images of these splits. Empty: all."""
     image_root: str | None = None
@@ -121,9 +123,21 @@ class Columns(NamedTuple):
     def _record(self, number: int, row: Mapping[str, Any], text: object) -> Record:
         hash_ = str(row.get(self.hash) or "").strip().lower() if self.hash else ""
         kept = {name: row.get(name) for name in self.extra}
-        extra = json.dumps(kept, default=str, ensure_ascii=False) if kept else None
+        extra = _as_json(kept) if kept else None
         record = _row(number, row.get(self.url), text)
         return record._replace(image_hash=hash_ or None, extra=extra)
+
+
+def _as_json(kept: Mapping[str, Any]) -> str:
+    dump = partial(json.dumps, default=_as_text, ensure_ascii=False)
+    try:
+        return dump(kept, allow_nan=False)
+    except ValueError:  # NaN or infinity, however deep
+        return dump(json.loads(dump(kept), parse_constant=lambda _: None))
+
+
+def _as_text(value: object) -> str:
+    return value.hex() if isinstance(value, bytes) else str(value)
 
 
 def read_parquet(file: SourceFile) -> Iterator[Record]:

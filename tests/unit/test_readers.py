@@ -1,6 +1,7 @@
 """Every table layout of the field, read from real files."""
 
 import csv
+import datetime
 import gzip
 import hashlib
 import io
@@ -258,3 +259,28 @@ def test_hashes_and_further_columns_are_kept(tmp_path: Path) -> None:
     for field in ({"hash_column": "nope"}, {"keep_columns": ("nope",)}):
         with pytest.raises(SourceError, match="no column nope"):
             read(tmp_path / "x.parquet", **field)
+
+
+def test_kept_columns_are_json_whatever_they_hold(tmp_path: Path) -> None:
+    row = {
+        "url": A,
+        "text": "t",
+        "similarity": float("nan"),
+        "scores": [0.5, float("-inf")],
+        "digest": b"b\x00\xff",
+        "taken": datetime.date(2024, 5, 1),
+    }
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "x.parquet")
+    kept = ("similarity", "scores", "digest", "taken")
+    source = SourceConfig(path=str(tmp_path / "x.parquet"), keep_columns=kept)
+    (rows,) = read_rows(list_files(source)[0])
+
+    def never(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    assert json.loads(rows["extra"][0].as_py(), parse_constant=never) == {
+        "similarity": None,
+        "scores": [0.5, None],
+        "digest": "6200ff",
+        "taken": "2024-05-01",
+    }
