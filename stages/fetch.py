@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import http.client
 import math
+import re
 import socket
 import threading
 import time
@@ -90,6 +91,13 @@ class FetchConfig(Config):
             if not (colon and name and port.isdigit()):
                 raise ValueError(f"{host}: {address!r} must be address:port, e.g. 127.0.0.1:8080")
         return {host.lower(): address for host, address in value.items()}
+
+    @field_validator("user_agent", "contact")
+    @classmethod
+    def _header(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[\x20-\x7e\xa0-\xff]*", value):
+            raise ValueError(f"{value!r} must be one line of Latin-1 characters: it is a header")
+        return value
 
     @field_validator("disallowed_directives")
     @classmethod

@@ -244,3 +244,11 @@ def test_nothing_happens_at_import() -> None:
         "import stages.download, sys; assert not {'img2dataset', 'cv2', 'torch'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["user_agent", "contact"])
+@pytest.mark.parametrize("text", ["a\r\nHost: b", "a\n", "a\x00", "bot ✓", "\x85"])
+def test_what_webmasters_are_told_fits_a_header(name: str, text: str) -> None:
+    with pytest.raises(ValidationError, match="one line of Latin-1"):
+        FetchConfig(**{name: text})
+    assert FetchConfig(**{name: "Bücherei https://a.test/bot?x=1"})
