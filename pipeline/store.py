@@ -312,12 +312,14 @@ class Store:
         return self.create(record.name, record.model_dump_json(indent=1).encode())
 
     def replace(self, record: Record) -> None:
-        """Put a record in the place of the published one of that name, for `pipeline.scrub` alone.
+        """Put a record, with our token, in the place of the published one of that name, for
+        `pipeline.scrub` alone.
 
         Raises:
             LeaseLostError: another driver has taken the run over.
         """
         self.fence()
+        record = record.model_copy(update={"token": self.token})
         self.write_bytes(record.name, record.model_dump_json(indent=1).encode())
 
     def record_names(self) -> set[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from pipeline.cli import main
 from pipeline.forget import forget
-from pipeline.lease import held
+from pipeline.lease import current, held
 from pipeline.records import Record
 from pipeline.runfolder import read_rounds, tables
 from pipeline.scrub import Scrubbed, scrub
@@ -106,6 +106,8 @@ def test_nothing_of_the_samples_is_left_and_nothing_else_is_lost(store: Store) -
     assert holding(store, *sought) == set()
     assert verify(store).problems == []
     after = records(store)
+    lease = current(store)
+    assert lease is not None
     assert set(after) == {*before, *(name for name in after if "/stage=forget/" in name)}
     for name, record in before.items():
         now = after[name]
@@ -117,6 +119,7 @@ def test_nothing_of_the_samples_is_left_and_nothing_else_is_lost(store: Store) -
         for old, new in zip(record.payloads, now.payloads, strict=True):
             assert (old == new) or (new.first_sha256 == old.sha256 != new.sha256)
         assert ("scrubbed" in now.details) == (now.payloads != record.payloads)
+        assert now.token == (record.token if now.payloads == record.payloads else lease.token)
     # The others' images and texts are all there.
     tree = image_of(store, sample_id("tree"))
     held_by = {path.partition("/")[0] for path in holding(store, tree)}
