@@ -7,7 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from pipeline.dag import ShardJob, ShardTask, stage_input
 from pipeline.engine import shard as shards
@@ -21,6 +28,8 @@ from stages.schemas import check
 _MAX_FAILURES = 64
 """After so many failed processes a shard's cause is not a row: what still fails is quarantined
 as it stands, instead of trying every row."""
+_MAX_LOSSES = 5
+"""So often a piece is begun again because a node left; then something else takes the nodes down."""
 
 
 @ray.remote(max_retries=0)
@@ -47,7 +56,8 @@ def run_alone(
     other shapes than an unbroken shard's, so their last bits can differ.
 
     Raises:
-        CapfiltError: the cause is not a row: the store, a model, or a lost node.
+        CapfiltError: the cause is not a row: the store, a model, or nodes that are lost again and
+            again.
     """
     started = time.time()
     table = stage_input(task.name, shards.load_inputs(task.name, job, store, {}))
@@ -78,12 +88,8 @@ class _Alone:
 
     def halve(self, start: int, stop: int) -> list[pa.Table]:
         """Output pieces for input rows ``start`` to ``stop``."""
-        needs = self.stage.resources
-        one = needs.model_copy(update={"min_replicas": 1})
-        share = fit({self._task.name: one}, self._grows_to)[self._task.name]
-        work = _rows_alone.options(**share.options())
         try:
-            piece, facts = ray.get(work.remote(self._task, self._store, self._job, start, stop))
+            piece, facts = self._attempt(start, stop)
             self.facts.append(facts)
             return [piece]
         except RayError as error:
@@ -95,6 +101,23 @@ class _Alone:
                 return [self._quarantine(start, stop, _cause(error))]
         middle = (start + stop) // 2
         return [*self.halve(start, middle), *self.halve(middle, stop)]
+
+    def _attempt(self, start: int, stop: int) -> tuple[pa.Table, dict[str, str]]:
+        """What `_rows_alone` returns, begun again where its node was lost."""
+        one = self.stage.resources.model_copy(update={"min_replicas": 1})
+        losses = 0
+        while True:
+            share = fit({self._task.name: one}, self._grows_to)[self._task.name]
+            work = _rows_alone.options(**share.options())
+            try:
+                done: tuple[pa.Table, dict[str, str]] = ray.get(
+                    work.remote(self._task, self._store, self._job, start, stop)
+                )
+                return done
+            except _LOST:
+                losses += 1
+                if losses > _MAX_LOSSES:
+                    raise
 
     def _quarantine(self, start: int, stop: int, cause: str) -> pa.Table:
         rows = self._table.slice(start, stop - start)
@@ -114,10 +137,14 @@ def merged(pieces: Sequence[Mapping[str, str]]) -> dict[str, str]:
     return {name: ", ".join(told) for name, told in found.items()}
 
 
+_LOST = (NodeDiedError, LocalRayletDiedError, ObjectLostError)
+"""The node left, while it worked or with the output that it held."""
+
+
 def _is_rows_fault(error: RayError) -> bool:
-    """Whether the rows may have done it: raised in the stage, or killed its process. A lost node,
-    or a machine's or GPU's memory that is full, even for one image, is not theirs; it ends the run,
-    and the next one tries the shard again."""
+    """Whether the rows may have done it: raised in the stage, or killed its process. Nodes that are
+    lost, or a machine's or GPU's memory that is full, even for one image, is not theirs; it ends
+    the run, and the next one tries the shard again."""
     if isinstance(error, RayTaskError):
         return not out_of_memory(error.cause)
     return isinstance(error, WorkerCrashedError)
