@@ -26,13 +26,38 @@ def check(config: RunConfig, sources: bool = True) -> None:
     Raises:
         UserError: naming the field, what it names and what is wrong there.
     """
-    _check_stays(config.run)
+    check_stays(config.run)
     if sources:
-        for origin, given in (("sources", config.sources), ("human", config.human)):
-            for number, source in enumerate(given):
-                if not _made(config, source.path):
-                    with _field(f"{origin}.{number}.path"):
-                        check_source(source, "human" if origin == "human" else "web")
+        check_sources(config)
+    check_models(config)
+
+
+def check_sources(config: RunConfig, awaited: bool = False) -> list[str]:
+    """Read the first row of every source.
+
+    Args:
+        awaited: files may still come to ``sources``: a folder or a pattern with none is no error.
+
+    Returns:
+        The fields of such sources.
+
+    Raises:
+        SourceError: naming the field, what it names and what is wrong there.
+    """
+    empty = []
+    for origin, given in (("sources", config.sources), ("human", config.human)):
+        for number, source in enumerate(given):
+            if _made(config, source.path):
+                continue
+            with _field(field := f"{origin}.{number}.path"):
+                human = origin == "human"
+                if not check_source(source, "human" if human else "web", awaited and not human):
+                    empty.append(field)
+    return empty
+
+
+def check_models(config: RunConfig) -> None:
+    """Parse the probe sets and open the models. Raises as `check`."""
     for split, folder in (("dev", config.dev), ("test", config.test)):
         if folder is not None and not _made(config, folder):
             with _field(split):
@@ -43,7 +68,7 @@ def check(config: RunConfig, sources: bool = True) -> None:
                 use(ref)
 
 
-def _check_stays(run: str) -> None:
+def check_stays(run: str) -> None:
     """Raises ConfigError for a run folder that Ray would delete: one in its copy of the
     ``--working-dir`` of a job, where relative paths lead."""
     if "://" not in run and "working_dir_files" in Path(run).absolute().parts:

@@ -25,11 +25,14 @@ def fire(config: RunConfig, screen: Screen) -> bool:
         UserError, RunError: as `pipeline.rounds.run`; the models that are promoted stay so.
     """
     check_places(config)
-    preflight.check(config)
+    preflight.check_stays(config.run)
+    for field in preflight.check_sources(config, awaited=True):
+        screen.note(f"{field}: no file there yet")
     with opened(config, screen) as (filled, store, world):
         number = due(filled, store, ingest(filled, store), screen)
         if number is None:
             return False
+        preflight.check_models(config)  # takes long, and most firings have nothing to do
         rounds = filled.rounds.model_copy(update={"count": number})
         go_round(filled.model_copy(update={"rounds": rounds}), store, screen, world)
     return True
@@ -50,9 +53,15 @@ def due(config: RunConfig, store: Store, shards: Shards, screen: Screen) -> int 
     taken = last.shards if last is not None else {}
     new = store.read_records(record for name, (_, record) in shards.items() if name not in taken)
     rows = sum(record.counts["rows"] for record in new)
+    if {kind for kind, _ in shards.values()} == {"human"} and _web_wanted(config):
+        rows = 0  # the first file of `sources` is still to come
     needed = config.schedule.min_new_rows
     if rows < needed:
         screen.note(f"no round: {rows} new rows, schedule.min_new_rows is {needed}")
         return None
     screen.note(f"{rows} new rows")
     return 1 if last is None else last.number + 1
+
+
+def _web_wanted(config: RunConfig) -> bool:
+    return any(source.kind != "human" for source in config.sources)

@@ -27,10 +27,11 @@ Shards = dict[str, tuple[str, str]]
 
 
 def ingest(config: RunConfig, store: Store) -> Shards:
-    """Cut what is new; returns every shard of the run.
+    """Cut what is new; returns every shard of the run. A source that has no file yet has no shards;
+    whether that is an error, `pipeline.preflight` says.
 
     Raises:
-        SourceError: a source is missing, empty, or lacks a column. Nothing of it is published.
+        SourceError: a file is missing, has no rows, or lacks a column. Nothing of it is published.
     """
     names = store.record_names()
     records = store.read_records(name for name in names if "/stage=ingest/" in name)
@@ -59,7 +60,7 @@ def new_files(config: RunConfig, records: Sequence[Record]) -> list[SourceFile]:
     done = {record.fingerprint for record in records}
     identities = {record.details["identity"]: record for record in records}
     files = [
-        *(file for source in config.sources for file in list_files(source)),
+        *(file for source in config.sources for file in list_files(source, awaited=True)),
         *(file for source in config.human for file in list_files(source, "human")),
     ]
     new = [file for file in files if _fingerprint(file) not in done]

@@ -115,49 +115,62 @@ class IngestStage(DatasetStage):
                 raise _no_rows(path)
 
 
-def list_files(source: SourceConfig, origin: Origin = "web") -> list[SourceFile]:
+def list_files(
+    source: SourceConfig, origin: Origin = "web", awaited: bool = False
+) -> list[SourceFile]:
     """The files of a source, sorted by name. Reads each local file once, for its hash.
 
-    ``origin`` is ``human`` for annotated sets; a source of kind ``human`` always is.
+    Args:
+        origin: ``human`` for annotated sets; a source of kind ``human`` always is.
+        awaited: files may still come, so a folder or a pattern with none is no error.
 
     Raises:
         SourceError: nothing there, or nothing of a known format.
     """
-    fs, base, chosen = _listed(source, origin)
+    fs, base, chosen = _listed(source, origin, awaited)
     return [
         _file(fs, name, format_, origin, source, f"{_relative(name, base)}:{_content(fs, name)}")
         for name, format_ in chosen
     ]
 
 
-def check_source(source: SourceConfig, origin: Origin = "web") -> None:
-    """Read one row of a source and no more: neither its other files nor their hashes.
+def check_source(source: SourceConfig, origin: Origin = "web", awaited: bool = False) -> bool:
+    """Read one row of a source and no more: neither its other files nor their hashes. Returns
+    whether there is any; False only where it is ``awaited``, see `list_files`.
 
     Raises:
         SourceError: nothing there, no row in it, a column missing, or an unreadable file.
     """
-    fs, _, chosen = _listed(source, origin)
+    fs, _, chosen = _listed(source, origin, awaited)
+    if not chosen:
+        return False
     for name, format_ in chosen:
         file = _file(fs, name, format_, origin, source, identity="")
         with readable(file.path, format_):
             if next(READERS[format_](file), None) is not None:
-                return
+                return True
     raise _no_rows(source.path)
 
 
-def _listed(source: SourceConfig, origin: Origin) -> tuple[Any, str, list[tuple[str, str]]]:
+def _listed(
+    source: SourceConfig, origin: Origin, awaited: bool
+) -> tuple[Any, str, list[tuple[str, str]]]:
     """(filesystem, what names are relative to, (path, format) of each file)."""
     import fsspec
 
     try:
         fs, path = fsspec.core.url_to_fs(source.path)
         base, found = _find(fs, path)
+        # A store has no empty folders; on a disk, one that is missing was misspelt.
+        may_be_empty = awaited and ("file" not in _protocols(fs) or fs.isdir(base))
     except (OSError, ValueError, ImportError) as error:
         raise SourceError(f"{source.path}: cannot be listed: {error}") from error
     except Exception as error:
         if not from_remote_store(error):
             raise
         raise SourceError(f"{source.path}: cannot be reached: {error}") from error
+    if may_be_empty and not any(map(_is_visible, found)):
+        return fs, base, []
     if not found:
         raise SourceError(f"{source.path}: no such file, folder or match")
     return fs, base, _choose(source, _origin(source, origin), found, single=found == [base])
@@ -246,7 +259,7 @@ def _choose(
     In a folder, the first of these that there are: a JSONL of annotations, tars, tables, text
     lists, and for human sets JSON. So the statistics beside img2dataset's tars are not rows.
     """
-    visible = [name for name in names if not PurePosixPath(name).name.startswith((".", "_"))]
+    visible = filter(_is_visible, names)
     formats = {name: format_ for name in visible if (format_ := _format(source, name))}
     groups: list[set[str]] = [{"annotations"}, {"webdataset"}, set(_TABLE_FORMATS), {"text"}]
     if source.kind == "table":
@@ -261,6 +274,10 @@ def _choose(
     known = ", ".join(sorted(_EXTENSIONS))
     what = "" if source.kind == "auto" else f" of kind {source.kind}"
     raise SourceError(f"{source.path}: no source file{what} there; known are {known} (.gz as well)")
+
+
+def _is_visible(path: str) -> bool:
+    return not PurePosixPath(path).name.startswith((".", "_"))
 
 
 def _format(source: SourceConfig, path: str) -> str | None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import RunConfig, parse
+from pipeline.preflight import check
 from pipeline.progress import Screen
 from pipeline.runfolder import read_rounds
-from pipeline.schedule import due
+from pipeline.schedule import due, fire
 from pipeline.sources import Shards
 from pipeline.store import Store
+from stages.errors import CheckpointError, SourceError
+from tests.images import jpeg
 from tests.run_folder import make_run
 
 CONFIG = {
@@ -97,3 +101,58 @@ def test_measured_released_models_are_no_round(store: Store) -> None:
     store.write_json("round=00/plan.json", {"round": 0, "shards": {}, "records": {}})
     assert asked(config(1, **RELEASED), store, shards)[0] == 1
     assert asked(config(10**6, **RELEASED), store, shards)[0] is None
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> RunConfig:
+    """Human captions are there, web rows are still to come, and no model can be opened."""
+    (tmp_path / "human").mkdir()
+    (tmp_path / "human" / "0.jpg").write_bytes(jpeg(0))
+    line = json.dumps({"image": "0.jpg", "captions": ["a cat"]})
+    (tmp_path / "human" / "annotations.jsonl").write_text(line)
+    (tmp_path / "web").mkdir()
+    given = {
+        "run": str(tmp_path / "run"),
+        "sources": [{"path": f"{tmp_path}/web/*.csv"}, {"path": f"{tmp_path}/web"}],
+        "human": [{"path": str(tmp_path / "human")}],
+        "pretrain": {"tokenizer": str(tmp_path / "no-tokenizer")},
+    }
+    return config(2, **given)
+
+
+def fired(config: RunConfig) -> str:
+    said = io.StringIO()
+    assert fire(config, Screen(said, live=False)) is False
+    return said.getvalue()
+
+
+def test_before_the_first_file_there_is_no_round(waiting: RunConfig, tmp_path: Path) -> None:
+    (tmp_path / "web" / ".part").touch()  # not whole yet
+    for least in (2, 1):  # the human row alone begins none
+        schedule = waiting.schedule.model_copy(update={"min_new_rows": least})
+        said = fired(waiting.model_copy(update={"schedule": schedule}))
+        assert f"no round: 0 new rows, schedule.min_new_rows is {least}" in said
+        assert "sources.0.path: no file there yet" in said
+        assert "sources.1.path: no file there yet" in said
+    with pytest.raises(SourceError, match=r"sources\.0\.path: .*\*\.csv: no such file"):
+        check(waiting)  # as `capfilt run` does
+
+
+def test_models_are_opened_when_a_round_is_due(waiting: RunConfig, tmp_path: Path) -> None:
+    more = waiting.model_copy(update={"sources": waiting.sources[:1]})
+    (tmp_path / "web" / "a.csv").write_text("url,text\nhttp://127.0.0.1:9/a.png,a cat\n")
+    few = more.schedule.model_copy(update={"min_new_rows": 3})
+    assert "no round: 2 new rows" in fired(more.model_copy(update={"schedule": few}))
+    with pytest.raises(CheckpointError, match=r"pretrain\.tokenizer: "):
+        fire(more, Screen(io.StringIO(), live=False))
+
+
+@pytest.mark.parametrize("field", ["sources", "human"])
+def test_a_folder_that_is_not_there_is_not_waited_for(
+    waiting: RunConfig, tmp_path: Path, field: str
+) -> None:
+    (source,) = waiting.human
+    missing = source.model_copy(update={"path": str(tmp_path / "misspelt" / "*.csv")})
+    with pytest.raises(SourceError, match=rf"{field}\.0\.path: .*misspelt.*: no such file"):
+        fire(waiting.model_copy(update={field: (missing,)}), Screen(io.StringIO(), live=False))
+    assert not (tmp_path / "run").exists()

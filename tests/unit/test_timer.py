@@ -17,6 +17,7 @@ from pipeline.timer import next_firing, seconds
 
 ROOT = Path(__file__).parents[2]
 HOUR = 3600
+SMALL = ("world.web_rows=80", "world.human_images=8", "world.dev_images=8", "world.test_images=8")
 
 
 @pytest.mark.parametrize(
@@ -61,6 +62,21 @@ def test_the_first_bad_input_ends_it() -> None:
     process = start("none.yaml", "--every", "1s")
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 2 and said.startswith("capfilt: none.yaml: cannot be read")
+
+
+def test_it_stays_until_the_first_file_comes(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    overrides = (f"run={tmp_path}/run", f"sources.0.path={tmp_path}/in/*.csv")
+    process = start("configs/tiny.yaml", *overrides, *SMALL, "--every", "1d")
+    assert process.stdout is not None
+    said = [process.stdout.readline() for _ in range(2)]
+    assert "sources.0.path: no file there yet" in said[0]
+    assert "no round: 0 new rows" in said[1]
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=300)
+    assert process.returncode == 143
 
 
 def test_it_ends_when_asked_to(tmp_path: Path) -> None:
