@@ -79,19 +79,17 @@ def run(
 
 
 def check_places(config: RunConfig) -> None:
-    """Refuse a run folder that cannot be reached, and a cluster that is not there or too small,
-    before models are fetched and opened and before the lease is waited for. A local Ray is looked
-    at when it has started.
+    """Refuse a run folder that cannot be reached, and a cluster (or, for a local Ray, a machine)
+    that is not there or too small, before models are fetched and opened and before the lease
+    is waited for.
 
     Raises:
         StoreError: the run folder cannot be read.
-        ConfigError: as `look` and `placement.check`.
+        ConfigError, RunError: as `look` and `placement.check`.
     """
     # A listing: to that a store says why it refuses, as it does not where one file is looked for.
     Store(config.run).files("leases")
-    found = look(config.engine)
-    if found is not None:
-        placement.check(config, found)
+    placement.check(config, look(config.engine))
 
 
 @contextmanager
@@ -118,7 +116,7 @@ def go_round(config: RunConfig, store: Store, screen: Screen, world: str | None)
     loop = _Loop(config, store, screen, world)
     loop.describe()
     # Ray has a way of its own to end at SIGTERM, after which nothing could be told.
-    with connected(config.engine, _log_file(store)) as board, terminable():
+    with connected(config.engine, _log_file(store), screen.note) as board, terminable():
         loop.go(board)
 
 

@@ -9,14 +9,15 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
-from ray.exceptions import RayError
+from ray._private.resource_and_label_spec import ResourceAndLabelSpec
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util.annotations import RayDeprecationWarning
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -29,6 +30,9 @@ _GIB = 1 << 30
 _CONNECT_SECONDS = 5.0
 _ANSWER_SECONDS = 18.0
 """Together below half a minute. Ray itself tries for two minutes, and cannot be interrupted."""
+_NOTICE_SECONDS = 10.0
+_WORKER_SECONDS = 900.0
+"""Ray gives a runtime environment 600 s to be built, and one with many packages takes minutes."""
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray's job server: what the driver of a job takes over."""
 
@@ -44,11 +48,14 @@ _ENVIRONMENT = {
 
 
 @contextmanager
-def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
+def connected(
+    config: EngineConfig, log_file: Path, tell: Callable[[str], None] = print
+) -> Iterator[Any]:
     """Inside, Ray is there; yields the `Board` of this driver.
 
     A local Ray is started where no address is given, and stopped at the end. `look` first: it
-    knows within half a minute whether this can be.
+    knows within half a minute whether this can be. A runtime environment that cannot be built is
+    refused as soon as Ray says so; ``tell`` gets a line where it is built for long.
 
     Raises:
         ConfigError: there is no such cluster, it is of another version or wants a token, or its
@@ -62,23 +69,28 @@ def connected(config: EngineConfig, log_file: Path) -> Iterator[Any]:
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
             context.print_on_execution_start = False
-            yield _board()
+            yield _board(tell)
         finally:
             ray.shutdown()
 
 
-def _board() -> Any:
+def _board(tell: Callable[[str], None]) -> Any:
     """The driver's board, on the driver's node: others may leave. The first worker that must start,
     it tells whether any can."""
     board_class: Any = Board
     here = ray.get_runtime_context().get_node_id()
     placed = NodeAffinitySchedulingStrategy(here, soft=False)
     board = board_class.options(scheduling_strategy=placed).remote()
+    answer = board.read.remote()
     try:
-        ray.get(board.read.remote())
+        if not ray.wait([answer], timeout=_NOTICE_SECONDS)[0]:
+            tell("Ray is still starting its first worker: the runtime environment is being built")
+        ray.get(answer, timeout=_WORKER_SECONDS)
     except RayError as error:
+        slow = isinstance(error, GetTimeoutError)
+        why = f"none within {_WORKER_SECONDS:g} s" if slow else _line(error)
         raise ConfigError(
-            f"runtime_env: Ray cannot start a worker for this driver: {_line(error)}; mend the "
+            f"runtime_env: Ray cannot start a worker for this driver: {why}; mend the "
             "runtime environment that the job was submitted with, or the nodes' image"
         ) from error
     return board
@@ -121,17 +133,18 @@ def _init(config: EngineConfig) -> None:
         raise RunError(f"cannot start a local Ray: {_line(error)}") from error
 
 
-def look(config: EngineConfig) -> list[Node] | None:
-    """The nodes of the cluster that `connected` would join, or None where it would start a local
-    Ray; refuses within half a minute what ``ray.init`` would wait minutes for.
+def look(config: EngineConfig) -> list[Node]:
+    """The nodes of the cluster that `connected` would join, or this machine where it would start a
+    local Ray; refuses within half a minute what ``ray.init`` would wait minutes for.
 
     Raises:
         ConfigError: there is no such cluster, it is of another version or wants a token; or a local
             Ray is to grow.
+        RunError: a local Ray could not be started.
     """
     address = _address(config)
     if address is None:
-        return None
+        return [_this_machine(config)]
     _check_listens(address)
     # In a process of its own, since Ray's native client waits on with no way to stop it; and as a
     # driver of its own, not as the job that this one may be.
@@ -153,6 +166,18 @@ def look(config: EngineConfig) -> list[Node] | None:
         told = [line for line in done.stderr.splitlines() if line.strip()]
         raise _unusable(address, told[-1].strip() if told else "Ray gives no reason")
     found: list[Node] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _this_machine(config: EngineConfig) -> Node:
+    """What a local Ray would have, as Ray itself counts it when it starts."""
+    logging.getLogger("ray").setLevel(logging.ERROR)  # as `ray.init` will
+    store = int(config.object_store_gb * _GIB)
+    try:
+        spec = ResourceAndLabelSpec(num_cpus=config.cpus, object_store_memory=store)
+        found: Node = spec.resolve(is_head=True).to_resource_dict()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise RunError(f"cannot start a local Ray: {_line(error)}") from error
     return found
 
 

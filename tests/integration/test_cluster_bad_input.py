@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import ray
 
 from pipeline.config import EngineConfig
+from pipeline.engine import cluster
 from pipeline.engine.cluster import connected, look
 from stages.errors import ConfigError
 from tests.s3 import use_endpoint
@@ -37,11 +39,17 @@ def listener():
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def refused(tmp_path: Path, *overrides: str, command: str = "run", seconds: float = 30.0) -> str:
+def refused(
+    tmp_path: Path,
+    *overrides: str,
+    command: str = "run",
+    seconds: float = 30.0,
+    before: Sequence[str] = ("-m", "pipeline"),
+) -> str:
     """The one line with which the command line refuses, within half a minute, before any work."""
     given = [command, "configs/tiny.yaml", f"run={tmp_path}/run", "world.web_rows=80", *overrides]
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *given],
+        [sys.executable, *before, *given],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -73,9 +81,9 @@ def test_no_gpu_in_the_cluster(tmp_path, address):
 
 
 def test_no_gpu_on_this_machine(tmp_path):
-    # A Ray starts first, which takes long where other tests run beside this one.
-    line = refused(tmp_path, "evaluate.resources.gpus=64", "engine.cpus=1", seconds=60.0)
-    assert "evaluate.resources: no place for evaluate 1 x 64 GPU at once" in line
+    line = refused(tmp_path, "embed.model=no/such-model", "evaluate.resources.gpus=64")
+    assert "evaluate.resources: no place for evaluate 1 x 64 GPU at once, Ray has " in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_local_ray_does_not_grow(tmp_path):
@@ -108,15 +116,9 @@ def test_another_version_than_the_clusters(tmp_path, address, which):
     code = (
         "import sys; from pathlib import Path; import ray._private.utils as utils;"
         f"utils.compute_version_info = lambda: {lie!r};"
-        "from pipeline.cli import main;"
-        f"sys.exit(main(['run', 'configs/tiny.yaml', 'run={tmp_path}/run', 'world.web_rows=80',"
-        f"'engine.address={address}']))"
+        "from pipeline.cli import main; sys.exit(main())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2, done.stderr
-    line = next(line for line in done.stderr.splitlines() if line.startswith("capfilt:"))
+    line = refused(tmp_path, f"engine.address={address}", before=("-c", code))
     assert "Version mismatch" in line
     assert lie[0] in line
     assert lie[1] in line
@@ -125,8 +127,22 @@ def test_another_version_than_the_clusters(tmp_path, address, which):
 def test_a_runtime_environment_that_cannot_be_built(tmp_path, monkeypatch):
     missing = {"runtime_env": {"working_dir": f"file://{tmp_path}/missing.zip"}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(missing))
-    local = connected(EngineConfig(cpus=1), tmp_path / "ray.log")
-    with pytest.raises(ConfigError, match=r"runtime_env: Ray cannot start a worker"), local:
+    # A Ray starts first, which takes long where other tests run beside this one.
+    line = refused(tmp_path, "engine.cpus=1", seconds=90.0)
+    assert "runtime_env: Ray cannot start a worker for this driver: " in line
+    assert "missing.zip" in line
+
+
+def test_a_worker_that_starts_slowly_is_told_of(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "_NOTICE_SECONDS", 0.0)
+    told = []
+    with connected(EngineConfig(cpus=1), tmp_path / "ray.log", told.append):
+        assert told == [
+            "Ray is still starting its first worker: the runtime environment is being built"
+        ]
+    monkeypatch.setattr(cluster, "_WORKER_SECONDS", 0.0)
+    late = connected(EngineConfig(cpus=1), tmp_path / "ray.log", told.append)
+    with pytest.raises(ConfigError, match=r"cannot start a worker .*: none within 0 s; mend"), late:
         pass
     assert not ray.is_initialized()
 
