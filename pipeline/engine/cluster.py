@@ -244,5 +244,8 @@ def _quieten(log_file: Path) -> None:
 
 
 def _line(error: Exception) -> str:
-    """What an error says, which Ray spreads over lines, in one."""
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    """What an error says, which Ray spreads over lines, in one; of a traceback its last line."""
+    told = str(error).strip()
+    if "Traceback (" in told:
+        told = told.splitlines()[-1]
+    return " ".join(told.split())[:400] or type(error).__name__
