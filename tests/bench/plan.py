@@ -48,6 +48,11 @@ class Rates:
     shard_size: float = 10_000.0
     samples_per_tar: float = 1_000.0
     """Of the training tars."""
+    requests: float = 30.0
+    """That one shard makes of the store while it is labelled, counted on loopback
+    (`tests.bench.requests_a_shard`)."""
+    driver: float = 0.031
+    """Seconds of one core that the driver takes for a shard, measured (`tests.bench.scale`)."""
     gpus: float = 32.0
 
 
@@ -77,6 +82,8 @@ def plan(pairs: float, rates: Rates) -> dict[str, float]:
         "read for labelling, MB/s": images * rates.image_bytes / 1e6 / (label / rates.gpus * _HOUR),
         "objects, thousands": objects / 1e3,
         "writes a second while labelling": shards * 9 / (label / rates.gpus * _HOUR),
+        "requests a second while labelling": shards * rates.requests / (label / rates.gpus * _HOUR),
+        "GPUs that take one core of the driver": label * _HOUR / shards / rates.driver,
         "pages of one listing of records": shards * 5 / 1000,
     }
 

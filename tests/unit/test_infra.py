@@ -276,6 +276,8 @@ def test_the_plan_grows_with_its_size_and_shrinks_with_speed() -> None:
     same = {
         "read for labelling, MB/s",
         "writes a second while labelling",
+        "requests a second while labelling",
+        "GPUs that take one core of the driver",
         "evaluation, hours on one GPU",
     }
     for name in small:
@@ -284,5 +286,11 @@ def test_the_plan_grows_with_its_size_and_shrinks_with_speed() -> None:
     simple = Rates(alive=1, caption=2, filter=4, embed=4, gpus=2)
     assert plan(7200, simple)["labelling, GPU-hours"] == pytest.approx(2.0)
     assert plan(7200, simple)["labelling, days on the GPUs"] == pytest.approx(1 / 24)
+    # 7,200 images of one second each are one shard, for which the driver takes a tenth of a second.
+    simple = Rates(alive=1, caption=2, filter=4, embed=4, shard_size=7200, gpus=2, driver=0.1)
+    assert plan(7200, simple)["GPUs that take one core of the driver"] == pytest.approx(72_000)
+    assert plan(7200, simple)["requests a second while labelling"] == pytest.approx(
+        simple.requests / 3600
+    )
     simple = Rates(probes=3600, k_test=1, itm=12, beam=1)
     assert plan(1, simple)["evaluation, hours on one GPU"] == pytest.approx(2 * 2 * (1 + 1))
