@@ -175,7 +175,7 @@ def _this_machine(config: EngineConfig) -> Node:
     store = int(config.object_store_gb * _GIB)
     try:
         spec = ResourceAndLabelSpec(num_cpus=config.cpus, object_store_memory=store)
-        found: Node = spec.resolve(is_head=True).to_resource_dict()
+        found: Node = spec.resolve(is_head=True).to_resource_dict()  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError, ValueError) as error:
         raise RunError(f"cannot start a local Ray: {_line(error)}") from error
     return found
