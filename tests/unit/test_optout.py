@@ -240,7 +240,7 @@ def test_a_long_robots_txt_is_cut_not_ignored(web: WebServer) -> None:
 def test_robots_txt_is_read_as_rfc_9309_says(lines: list[str], closed: bool) -> None:
     for end in ("\n", "\r\n", "\r"):
         body = end.join(lines).encode()
-        rules = SiteRules(lambda _, body=body: (200, body), "capfilt", robots=True, tdmrep=False)
+        rules = SiteRules(lambda *_, body=body: (200, body), "capfilt", robots=True, tdmrep=False)
         found = rules.objection("http://web.test/c/a.jpg")
         assert found == ("robots.txt" if closed else None)
 
@@ -249,7 +249,7 @@ def test_robots_txt_of_thousands_of_agents_rules_and_wildcards_is_bounded() -> N
     agents = "".join(f"user-agent:{number}\n" for number in range(2_000))
     rules = "".join(f"allow:{number}\n" for number in range(2_000))
     body = (agents + rules + "user-agent:*\n" + "disallow:*ab\n" * 10_000).encode()
-    site = SiteRules(lambda _: (200, body), "capfilt", robots=True, tdmrep=False)
+    site = SiteRules(lambda *_: (200, body), "capfilt", robots=True, tdmrep=False)
     tracemalloc.start()
     try:
         assert site.objection("http://web.test/a.jpg") is None
