@@ -176,12 +176,12 @@ class _Med:
 
     def __init__(self, folder: ModelFolder, runs: InferenceModel) -> None:
         folder.require("blip", ("vision_model.", "vision_proj."), _NEEDED)
-        vision = folder.blip()[0]
+        vision, self.text, self.dim = folder.blip()
         self.folder, self.runs = folder, runs
         self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
         self.vision = runs.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
-        self.vision_proj = folder.linear("vision_proj.").to(runs.device, runs.dtype)
-        self.dim = self.vision_proj.out_features
+        vision_proj = folder.linear("vision_proj.", vision.width, self.dim)
+        self.vision_proj = vision_proj.to(runs.device, runs.dtype)
 
     def images(self, pixels: Tensor) -> Tensor:
         return cast(Tensor, self.vision_proj(self.vision(pixels, first_only=True)[:, 0]))
@@ -202,10 +202,11 @@ class _Med:
 
     @cached_property
     def _encoder(self) -> TextStack:
-        text = fitted_to(self.folder.blip()[1], self._tokenizer)
+        text = fitted_to(self.text, self._tokenizer)
         encoder = self.folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
         return self.runs.place(encoder)
 
     @cached_property
     def _text_proj(self) -> torch.nn.Linear:
-        return self.folder.linear("text_proj.").to(self.runs.device, self.runs.dtype)
+        text_proj = self.folder.linear("text_proj.", self.text.width, self.dim)
+        return text_proj.to(self.runs.device, self.runs.dtype)

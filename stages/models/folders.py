@@ -27,7 +27,8 @@ MATCHER_PARTS = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.",
 CAPTIONER_PARTS = ("vision_model.", "text_decoder.")
 MOMENTUM_PARTS = ("vision_model_m.", "text_encoder_m.", "vision_proj_m.", "text_proj_m.")
 QUEUES = ("image_queue", "text_queue", "image_id_queue", "queue_ptr")
-_BLIP_PARTS = (*MATCHER_PARTS, *CAPTIONER_PARTS, *MOMENTUM_PARTS)
+_READ_OF_DECODER = ("text_decoder.bert.", "text_decoder.cls.predictions.")
+_BLIP_PARTS = (*MATCHER_PARTS, *_READ_OF_DECODER, *MOMENTUM_PARTS)
 _BLIP_TENSORS = {"temp", *QUEUES}
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+(/[\w.-]+)?)(@(?P<revision>[\w./-]+))?")
@@ -149,7 +150,7 @@ class ModelFolder:
         tensors = {
             name: tensor
             for name, tensor in self.tensors(prefix).items()
-            if not name.startswith(ignored) and not name.endswith("position_ids")
+            if not name.startswith(ignored) and not name.endswith("embeddings.position_ids")
         }
         tensors |= tied or {}
         advice = "the weights do not fit config.json, save the model again or give another"
@@ -157,12 +158,8 @@ class ModelFolder:
         module.load_state_dict(tensors, assign=True)
         return module.eval().requires_grad_(False)
 
-    def linear(self, prefix: str) -> nn.Linear:
-        """The linear layer below ``prefix``, shaped as its weight says."""
-        weight = self.tensors(prefix).get("weight")
-        if weight is None or weight.dim() != 2:
-            raise CheckpointError(f"{self.source}: {prefix}weight is no matrix, or not there")
-        outputs, inputs = weight.shape
+    def linear(self, prefix: str, inputs: int, outputs: int) -> nn.Linear:
+        """`part` for a linear layer of these sizes."""
         return self.part(lambda: nn.Linear(inputs, outputs), prefix)
 
     def blip(self) -> tuple[VisionConfig, TextConfig, int]:

@@ -78,7 +78,7 @@ class Matcher(InferenceModel):
         folder = ModelFolder.open(model)
         parts = ("vision_model.", "text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
         folder.require("blip", parts, "a BLIP matcher (BlipForImageTextRetrieval)")
-        vision, text, _ = folder.blip()
+        vision, text, width = folder.blip()
         if not 3 <= max_tokens <= text.max_positions:
             raise ConfigError(
                 f"max_tokens {max_tokens} is not between 3 and the {text.max_positions} positions "
@@ -91,9 +91,9 @@ class Matcher(InferenceModel):
         encoder = folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
         self.vision = self.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
         self.encoder = self.place(encoder)
-        self.vision_proj = folder.linear("vision_proj.").to(self.device, dtype)
-        self.text_proj = folder.linear("text_proj.").to(self.device, dtype)
-        self.itm_head = folder.linear("itm_head.").to(self.device, dtype)
+        self.vision_proj = folder.linear("vision_proj.", vision.width, width).to(self.device, dtype)
+        self.text_proj = folder.linear("text_proj.", text.width, width).to(self.device, dtype)
+        self.itm_head = folder.linear("itm_head.", text.width, 2).to(self.device, dtype)
 
     @torch.inference_mode()
     def match(

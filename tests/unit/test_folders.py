@@ -1,5 +1,6 @@
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import BlipForImageTextRetrieval
 
 from stages.errors import CheckpointError
 from stages.models.blocks import VisionTransformer
+from stages.models.captioner import Captioner
 from stages.models.config import TextConfig, VisionConfig
 from stages.models.embedder import Embedder
 from stages.models.folders import ModelFolder
@@ -130,12 +132,93 @@ def test_weights_that_do_not_fit(folder: Path) -> None:
     assert "unexpected tensor text_encoder.extra" in refusal(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "found", "needed"),
+    [
+        ("itm_head.weight", (2, 31), (2, 32)),
+        ("itm_head.weight", (1, 32), (2, 32)),
+        ("itm_head.weight", (32,), (2, 32)),
+        ("vision_proj.weight", (24, 47), (24, 48)),
+        ("text_proj.weight", (23, 32), (24, 32)),
+        ("text_proj.bias", (23,), (24,)),
+    ],
+)
+def test_heads_that_do_not_fit(
+    folder: Path, name: str, found: tuple[int, ...], needed: tuple[int, ...]
+) -> None:
+    rewrite(folder, {name: torch.zeros(found)})
+    told = f"misshapen tensor {name} {found}, needs {needed} (1 such); the weights do not fit"
+    assert told in refusal(folder)
+    if not name.startswith("itm_head."):
+        with pytest.raises(CheckpointError, match=re.escape(told)):
+            Embedder(folder).embed_texts(["a cat"])
+
+
+def test_a_contrastive_space_of_another_width_than_the_config_says(folder: Path) -> None:
+    change = {f"{side}_proj.bias": torch.zeros(23) for side in ("vision", "text")}
+    widths = (("vision", 48), ("text", 32))
+    change |= {f"{side}_proj.weight": torch.zeros(23, width) for side, width in widths}
+    rewrite(folder, change)
+    told = "misshapen tensor vision_proj.weight (23, 48), needs (24, 48)"
+    assert told in refusal(folder)
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        Embedder(folder)
+
+
 @pytest.mark.parametrize("name", ["stray", "temperature", "lm_head.weight", "vision_modelx.weight"])
 def test_a_tensor_of_no_part_is_refused(folder: Path, name: str) -> None:
     rewrite(folder, {name: torch.zeros(1)})
     assert f"unexpected tensor {name} (1 such), need a BLIP matcher" in refusal(folder)
     with pytest.raises(CheckpointError, match=f"unexpected tensor {name}"):
         Embedder(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "text_decoder.extra",
+        "text_decoder.bertx.w",
+        "text_decoder.bert.extra",
+        "text_decoder.cls.seq_relationship.weight",
+        "text_decoder.cls.predictions.extra",
+        "vision_model.extra",
+    ],
+)
+def test_a_tensor_that_a_captioner_does_not_read_is_refused(tmp_path: Path, name: str) -> None:
+    folder = tiny_models.save_blip(tiny_models.captioner_model(), tmp_path / "captioner")
+    rewrite(folder, {name: torch.zeros(1)})
+    with pytest.raises(CheckpointError, match=f"unexpected tensor {name} "):
+        Captioner(folder)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["text_decoder.extra", "vision_model.extra", "vision_proj.extra", "text_proj.extra",
+     "itm_head.extra", "text_encoder.strange_position_ids"],
+)  # fmt: skip
+def test_a_tensor_that_a_matcher_does_not_read_is_refused(folder: Path, name: str) -> None:
+    rewrite(folder, {name: torch.zeros(1)})
+    assert f"unexpected tensor {name} " in refusal(folder)
+
+
+def test_what_captioners_hold_besides_is_let_pass(tmp_path: Path) -> None:
+    model = tiny_models.captioner_model()
+    folder = tiny_models.save_blip(model, tmp_path / "captioner")
+    words = model.text_decoder.bert.embeddings.word_embeddings.weight.detach()
+    bias = load_file(folder / "model.safetensors")["text_decoder.cls.predictions.bias"]
+    rewrite(
+        folder,
+        {
+            "text_decoder.bert.embeddings.position_ids": torch.arange(40)[None],
+            "text_decoder.bert.pooler.dense.weight": torch.zeros(32, 32),
+            "text_decoder.cls.predictions.decoder.weight": words.clone(),
+            "text_decoder.cls.predictions.decoder.bias": bias.clone(),
+            "text_encoder.embeddings.position_ids": torch.arange(40)[None],
+            "itm_head.weight": torch.zeros(2, 32),
+            "vision_proj.weight": torch.zeros(24, 48),
+        },
+    )
+    Captioner(folder)
 
 
 def test_what_released_checkpoints_hold_besides_is_let_pass(folder: Path) -> None:
