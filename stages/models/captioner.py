@@ -73,8 +73,9 @@ class Captioner(InferenceModel):
     ) -> list[list[str]]:
         """``captions_per_image`` texts for each image, in order, the prompt taken off.
 
-        ``images``: RGB, any size; or what `preprocessing` makes of them. ``keys``: what each
-        image's noise hangs on, its file's sha256; None = the sha256 of its pixels. Beam search
+        ``images``: any mode and size, turned as their EXIF says; or what `preprocessing` makes of
+        them. ``keys``: what each image's noise hangs on, its file's sha256; None = the sha256 of
+        its pixels. Beam search
         gives its best captions, best first. Raises `ConfigError` where ``config`` does not fit
         the model.
         """

@@ -72,8 +72,8 @@ class Embedder(InferenceModel):
         return self.towers.dim
 
     def embed_images(self, images: Sequence[Image.Image] | Tensor) -> npt.NDArray[np.float16]:
-        """(N, D) float16 vectors of length 1 from RGB images of any size, or from what
-        `preprocessing` makes of them."""
+        """(N, D) float16 vectors of length 1 from images of any mode and size, turned as their EXIF
+        says, or from what `preprocessing` makes of them."""
         return self.image_features(images).numpy().astype(np.float16)
 
     def embed_texts(self, texts: Sequence[str]) -> npt.NDArray[np.float16]:

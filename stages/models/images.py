@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile
+from PIL import ExifTags, Image
 
 # Raster formats of the web. Never EPS: opening one runs Ghostscript on the file's program.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000", "ICO")
@@ -61,7 +61,16 @@ def decode(
             _check_scans(data)
             if cover is not None:
                 image.draft(None, (cover, cover))
-            return _decoded(image, max_pixels, from_cmyk)
+
+            def convert(loaded: Image.Image) -> Image.Image:
+                _check_size(loaded, max_pixels)  # an ICO's header may understate what is inside
+                return from_cmyk(loaded) if from_cmyk and loaded.mode == "CMYK" else _rgb(loaded)
+
+            rgb = upright_rgb(image, convert)
+            # copy(): the caller must not hold the opened file's plugin and its buffers.
+            rgb = rgb.copy() if rgb is image else rgb
+            rgb.info.clear()  # its EXIF would turn it, and its tRNS whiten it, once more
+            return rgb
     except DecodeError:
         raise
     except Exception as error:  # Pillow's parsers raise some twenty kinds on hostile bytes
@@ -96,23 +105,6 @@ def _check_scans(data: bytes) -> None:
     raise DecodeError(f"a JPEG of more than {MAX_SCANS} scans or {_MAX_MARKERS} markers")
 
 
-def _decoded(
-    image: ImageFile.ImageFile,
-    max_pixels: int,
-    from_cmyk: Callable[[Image.Image], Image.Image] | None,
-) -> Image.Image:
-    # Read before load(): some of Pillow's formats turn the pixels and drop the tag while loading.
-    orientation = _orientation(image)
-    size = image.size
-    image.load()
-    _check_size(image, max_pixels)  # an ICO's header may understate the picture inside
-    turned = image.size != size or _orientation(image) != orientation
-    rgb = from_cmyk(image) if from_cmyk and image.mode == "CMYK" else to_rgb(image)
-    if not turned and orientation in _UPRIGHT:
-        rgb = rgb.transpose(_UPRIGHT[orientation])
-    return rgb
-
-
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -120,7 +112,7 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return _high_range(image)
     if image.mode in {"LAB", "HSV"}:
@@ -131,8 +123,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
         opaque = Image.alpha_composite(white, image)
         del image, white  # each takes as much memory as what is made next
         return opaque.convert("RGB")
-    # copy(): the caller must not hold the opened file's plugin and its buffers.
-    return image.copy() if image.mode == "RGB" else image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright_rgb(
+    image: Image.Image, convert: Callable[[Image.Image], Image.Image] = _rgb
+) -> Image.Image:
+    """An image that Pillow has opened, of any mode, as `decode` gives it; itself where nothing is
+    to be done. ``convert`` makes RGB of the loaded image.
+
+    Raises `DecodeError` for a colour space that is not read.
+    """
+    # Read before load(): some of Pillow's formats turn the pixels and drop the tag while loading.
+    orientation, size = _orientation(image), image.size
+    image.load()
+    turned = image.size != size or _orientation(image) != orientation
+    rgb = convert(image)
+    if turned or orientation not in _UPRIGHT:
+        return rgb
+    return rgb.transpose(_UPRIGHT[orientation])
 
 
 def _high_range(image: Image.Image) -> Image.Image:

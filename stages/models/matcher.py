@@ -101,10 +101,11 @@ class Matcher(InferenceModel):
     ) -> list[list[tuple[float, float]]]:
         """(ITM probability, ITC cosine) of each text with its image, in order.
 
-        ``images``: RGB, any size; or what `preprocessing` makes of them. ``texts``: for each image
-        any number of texts, none included; they are cleaned here, as BLIP's training texts are.
-        The probability is softmax(ITM)[match] in [0, 1], CapFilt's score; the cosine lies in
-        [-1, 1].
+        ``images``: any mode and size, turned as their EXIF says; or what `preprocessing` makes of
+        them. ``texts``: for each image any number of texts, none included; they are cleaned here,
+        as BLIP's training texts are, and scored even where nothing is left of them, which the
+        filter stage gives a status instead. The probability is softmax(ITM)[match] in [0, 1],
+        CapFilt's score; the cosine lies in [-1, 1].
         """
         assert len(images) == len(texts)
         batches = self.over(images, lambda pixels, part: self._match_batch(pixels, texts[part]))

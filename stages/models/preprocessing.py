@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from stages.base import Config
-from stages.models.images import to_rgb
+from stages.models.images import upright_rgb
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -72,9 +72,9 @@ class Preprocessing(Config):
         return _normalised(images, self.mean, self.std) if images.dtype == torch.uint8 else images
 
     def resized(self, image: Image.Image) -> npt.NDArray[np.uint8]:
-        """(size, size, 3) uint8 of an image of any mode: all that takes long, a quarter of the
-        bytes. Threads may call it at once."""
-        rgb = image if image.mode == "RGB" else to_rgb(image)
+        """(size, size, 3) uint8 of an image of any mode, upright as its EXIF says: all that takes
+        long, a quarter of the bytes. Threads may call it at once."""
+        rgb = upright_rgb(image)
         return np.asarray(_resized(rgb, self.size, self.shortest_edge, self.resample))
 
 

@@ -73,6 +73,29 @@ def test_exif_orientation_is_applied_once(kind: str, orientation: int) -> None:
     assert np.abs(upright[-3, -3] - 128).max() < 60
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_opened_and_decoded_files_are_prepared_alike(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(UNDO[orientation](corner_image()), kind, exif=exif, **options)
+    prepare = Preprocessing(size=32)
+    upright = prepare.resized(decode(data))
+    assert np.array_equal(prepare.resized(Image.open(io.BytesIO(data))), upright)
+    # Lossy JPEG: the red corner alone shows whether it was turned, and turned once.
+    assert np.abs(upright.astype(int) - prepare.resized(corner_image())).mean() < 5
+
+
+def test_a_transparent_colour_is_white_in_opened_and_decoded_files() -> None:
+    data = encoded(corner_image(), transparency=(255, 0, 0))
+    opened = Image.open(io.BytesIO(data))
+    assert opened.mode == "RGB"
+    prepared = Preprocessing(size=32).resized(opened)
+    assert prepared[2, 2].tolist() == [255, 255, 255]
+    assert np.array_equal(prepared, Preprocessing(size=32).resized(decode(data)))
+
+
 def test_broken_exif_is_ignored() -> None:
     good = encoded(corner_image(), "JPEG")
     segment = b"Exif\x00\x00MM\x00\x2a\x00\x00\x00\x08\xff\xff garbage"
