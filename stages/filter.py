@@ -11,7 +11,6 @@ from pydantic import Field
 
 from stages.ids import pair_id
 from stages.inference import InferenceConfig, ModelStage, Opened, from_rows
-from stages.models.text import clean_caption
 from stages.schemas import IMAGES_WITH_TEXTS, SCORES, check
 
 if TYPE_CHECKING:
@@ -34,11 +33,11 @@ class FilterStage(ModelStage[FilterConfig, "Matcher"]):
     once an image; each of their owners gets the score.
 
     Status ``failed``, without scores: the texts of an image that cannot be decoded, and a text of
-    which cleaning (`clean_caption`) leaves nothing.
+    which cleaning (`clean_caption`) leaves nothing that the model reads.
     """
 
     name = "filter"
-    version = 3
+    version = 4
     input_schema = IMAGES_WITH_TEXTS
     output_schema = SCORES
 
@@ -52,10 +51,10 @@ class FilterStage(ModelStage[FilterConfig, "Matcher"]):
 
     def process(self, table: pa.Table) -> pa.Table:
         table = check(table, IMAGES_WITH_TEXTS, "filter input")
-        wanted = [
-            [text for text in dict.fromkeys(texts) if clean_caption(text)]
-            for texts in table["texts"].to_pylist()
-        ]
+        given = [list(dict.fromkeys(texts)) for texts in table["texts"].to_pylist()]
+        flat = list(dict.fromkeys(text for texts in given for text in texts))
+        kept = dict(zip(flat, self.model.has_tokens(flat), strict=True))
+        wanted = [[text for text in texts if kept[text]] for texts in given]
         broken: dict[int, str] = {}
         scores: dict[int, dict[str, tuple[float, float]]] = {}
         for batch in self.batches(table, broken):

@@ -149,6 +149,12 @@ class Matcher(InferenceModel):
         features = self.batches(len(texts), run, each=TEXTS_AN_IMAGE)
         return Texts(ids, mask, torch.cat(list(features)))
 
+    def has_tokens(self, texts: Sequence[str]) -> list[bool]:
+        """Of each text, whether the model reads anything between [CLS] and [SEP]: cleaning leaves
+        invisible characters, which are no tokens."""
+        _, mask = encode_texts(self.tokenizer, [clean_caption(text) for text in texts], 3)
+        return (mask.sum(dim=1) > 2).tolist() if texts else []
+
     @torch.inference_mode()
     def itm_logits(self, images: Images, texts: Texts, pairs: Tensor) -> Tensor:
         """The matching head's two outputs for each pair, (M, 2) float32, index `MATCH` = match.

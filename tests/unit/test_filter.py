@@ -77,18 +77,21 @@ def test_scores_are_the_matchers_own_in_order(folder: Path) -> None:
 def test_a_broken_image_and_an_empty_text_fail_alone(folder: Path) -> None:
     whole = by_pair(ready(folder).process(images()))
     files = [FILES[0], cut(FILES[1]), *FILES[2:]]
+    nothing = ["", " \n\u3000", "!!!", "\u200b", "\x00", "\u202e", "\u200d !", "\u200b " * 40]
     texts = [
-        [("web", ""), *TEXTS[0], ("synthetic", " \n\u3000"), ("web", "!!!")],
+        [("web", text) for text in nothing] + TEXTS[0],
         TEXTS[1], TEXTS[2], [("web", "")],
     ]  # fmt: skip
     found = by_pair(ready(folder).process(images(files, texts)))
     bad = {row["pair_id"]: row for row in found.values() if row["status"] == "failed"}
     assert {(row["sample_id"], row["text"], row["itm_score"]) for row in bad.values()} == {
-        ("s000", "", None), ("s000", " \n\u3000", None), ("s000", "!!!", None),
-        ("s001", "two birds", None), ("s003", "", None),
-    }  # fmt: skip
+        *(("s000", text, None) for text in nothing),
+        ("s001", "two birds", None),
+        ("s003", "", None),
+    }
     details = {row["sample_id"]: row["detail"] for row in bad.values()}
     assert details["s000"] == details["s003"] == "empty text"
+    assert len(bad) == len(nothing) + 2
     assert "truncated" in details["s001"]
     for pair in found.keys() - bad.keys():
         assert found[pair]["itm_score"] == pytest.approx(whole[pair]["itm_score"], abs=1e-5)
