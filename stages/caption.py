@@ -25,13 +25,13 @@ class CaptionConfig(InferenceConfig):
 class CaptionStage(ModelStage[CaptionConfig, "Captioner"]):
     """IMAGES → CAPTIONS: ``captions_per_image`` rows an image, in order.
 
-    An image that cannot be decoded, and a caption without a word, gives rows with status
-    ``failed``. The noise of a caption hangs on the image's sha256, so the same file gets the same
-    captions wherever it lies.
+    An image that cannot be decoded, and a caption without a word or from logits that are not
+    finite, gives rows with status ``failed``. The noise of a caption hangs on the image's sha256,
+    so the same file gets the same captions wherever it lies.
     """
 
     name = "caption"
-    version = 3
+    version = 4
     input_schema = IMAGES
     output_schema = CAPTIONS
 
@@ -49,7 +49,7 @@ class CaptionStage(ModelStage[CaptionConfig, "Captioner"]):
         table = check(table, IMAGES, "caption input")
         keys = [bytes.fromhex(sha256) for sha256 in table["sha256"].to_pylist()]
         broken: dict[int, str] = {}
-        written: dict[int, list[str]] = {}
+        written: dict[int, list[str | None]] = {}
         for batch in self.batches(table, broken):
             batch_keys = [keys[row] for row in batch.rows]
             texts = self.model(batch.pixels, batch_keys, self.config.generation)
@@ -68,8 +68,10 @@ class CaptionStage(ModelStage[CaptionConfig, "Captioner"]):
             [row for sample in samples for row in self._failures(sample, status, detail)], CAPTIONS
         )
 
-    def _row(self, sample: str, index: int, text: str) -> dict[str, Any]:
+    def _row(self, sample: str, index: int, text: str | None) -> dict[str, Any]:
         known = {"sample_id": sample, "caption_index": index, "model": self.weights}
+        if text is None:
+            return known | {"status": "failed", "detail": "scores are not finite"}
         if not text.strip():
             return known | {"status": "failed", "detail": "empty text"}
         return known | {"text": text, "status": "success"}

@@ -144,7 +144,7 @@ class EvaluateStage(DatasetStage):
             min_tokens=config.min_tokens,
             max_tokens=config.max_tokens,
         )
-        texts = [found[0] for found in captioner(images, config=generation)]
+        texts = [found[0] or "" for found in captioner(images, config=generation)]
         references = [probe.captions for probe in probes]
         scores = cider(texts, references)
         metrics = {"bleu4": bleu(texts, references), "cider": float(np.mean(scores))}

@@ -8,7 +8,8 @@
 
 Opens unchanged transformers folders. An image is encoded once, and its cross-attention keys and
 values are computed once, for all of its captions and all decoding steps; self-attention keys and
-values are cached; an image whose captions are finished leaves the batch.
+values are cached; an image leaves the batch when all of its captions are finished, of which the
+first ones decode padding until then.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from stages.models.blocks import KeyValue, LMHead, TextStack, VisionTransformer
 from stages.models.config import GenerationConfig, TextConfig
 from stages.models.decoding import Decoding, GraphedDecoding, compacted
 from stages.models.folders import ModelFolder
-from stages.models.sampling import Beams, Rules, Samples, uniforms
+from stages.models.sampling import NOT_FINITE, Beams, Rules, Samples, uniforms
 from stages.models.text import fitted_to
 
 
@@ -70,13 +71,14 @@ class Captioner(InferenceModel):
         images: Sequence[Image.Image] | Tensor,
         keys: Sequence[bytes] | None = None,
         config: GenerationConfig | None = None,
-    ) -> list[list[str]]:
+    ) -> list[list[str | None]]:
         """``captions_per_image`` texts for each image, in order, the prompt taken off.
 
         ``images``: any mode and size, turned as their EXIF says; or what `preprocessing` makes of
         them. ``keys``: what each image's noise hangs on, its file's sha256; None = the sha256 of
         its pixels. Beam search
-        gives its best captions, best first. Raises `ConfigError` where ``config`` does not fit
+        gives its best captions, best first. A caption is None where the model's logits are not
+        finite, which harms no other image. Raises `ConfigError` where ``config`` does not fit
         the model.
         """
         config = config or GenerationConfig()
@@ -113,7 +115,8 @@ class Captioner(InferenceModel):
 
     @torch.inference_mode()
     def generate(self, pixels: Tensor, keys: Sequence[bytes], config: GenerationConfig) -> Tensor:
-        """Token ids (B, captions, max_tokens) int64 on the CPU: prompt, caption, [SEP], padding.
+        """Token ids (B, captions, max_tokens) int64 on the CPU: prompt, caption, [SEP], padding;
+        `NOT_FINITE` all through where the model's logits are not.
 
         ``pixels``: (B, 3, S, S) float32, one batch.
         """
@@ -176,8 +179,10 @@ class Captioner(InferenceModel):
         nucleus = config.top_k, config.top_p
         return Samples(prompt, noise.to(self.device), rules, nucleus=nucleus)
 
-    def _text(self, ids: list[int], prompt_length: int) -> str:
+    def _text(self, ids: list[int], prompt_length: int) -> str | None:
         """The caption without its prompt; a word piece that continues the prompt loses its ##."""
+        if ids[0] == NOT_FINITE:
+            return None
         end = self.decoder.config.sep_token_id
         caption = ids[prompt_length:]
         caption = caption[: caption.index(end)] if end in caption else caption

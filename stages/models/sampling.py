@@ -16,6 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+NOT_FINITE = -1
+"""Fills the ids of a caption during which the model's logits became infinite or no numbers."""
+
 _NEVER = -1.0e9  # transformers' stand-in for a score of minus infinity in beam search
 
 
@@ -78,13 +81,13 @@ def draw(probabilities: Tensor, tokens: Tensor, noise: Tensor) -> Tensor:
     """One token for each row by inverting the cumulative distribution at ``noise``.
 
     ``probabilities`` and ``tokens`` (N, K) from `nucleus`; ``noise`` (N,) float64 in [0, 1).
-    Returns (N,) int64. Never a token of probability 0.
+    Returns (N,) int64. Never a token of probability 0; any token of a row that is not finite.
     """
     cumulative = probabilities.double().cumsum(dim=-1)
     point = noise[:, None] * cumulative[:, -1:]
     index = torch.searchsorted(cumulative, point, right=True)
     last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, torch.minimum(index, last))[:, 0]
+    return tokens.gather(1, torch.minimum(index, last).clamp(min=0))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,7 @@ class Samples:
         self.ids = prompt.new_full((*noise.shape[:2], rules.max_tokens), rules.pad)
         self.ids[..., : self.length] = prompt
         self._ended = torch.zeros(noise.shape[:2], dtype=torch.bool, device=prompt.device)
+        self._lost = self._ended.clone()
 
     @property
     def going(self) -> Tensor:
@@ -133,23 +137,29 @@ class Samples:
         return self.ids[:, :, self.length - 1].flatten()
 
     def results(self) -> Tensor:
-        """(images, captions, ``max_tokens``) int64."""
-        return self.ids
+        """(images, captions, ``max_tokens``) int64; captions that are lost hold `NOT_FINITE`."""
+        return self.ids.masked_fill(self._lost[..., None], NOT_FINITE)
 
     def keep(self, order: Tensor) -> None:
         """Go on with images ``order`` (M,) int64 alone, in that order."""
-        self.ids, self.noise, self._ended = self.ids[order], self.noise[order], self._ended[order]
+        for name in ("ids", "noise", "_ended", "_lost"):
+            setattr(self, name, getattr(self, name)[order])
 
     def step(self, logits: Tensor) -> None:
         """Extend every caption by one token; ``logits`` (images x captions, V) float32."""
         scores = self.rules.apply(logits, self.ids[..., : self.length].flatten(0, 1))
         if self.nucleus is None:
-            chosen = scores.argmax(dim=-1)
+            best, chosen = scores.max(dim=-1)
         else:
-            chosen = draw(*nucleus(scores, *self.nucleus), self.noise[..., self.length].flatten())
+            probabilities, tokens = nucleus(scores, *self.nucleus)
+            best = probabilities[:, 0]
+            chosen = draw(probabilities, tokens, self.noise[..., self.length].flatten())
         chosen = chosen.view_as(self._ended).masked_fill(self._ended, self.rules.pad)
         self.ids[:, :, self.length] = chosen
-        self._ended = self._ended | (chosen == self.rules.eos)
+        # What is no number counts as the largest, so the best tells of the whole row.
+        lost = ~best.isfinite().view_as(self._ended) & ~self._ended
+        self._lost = self._lost | lost
+        self._ended = self._ended | lost | (chosen == self.rules.eos)
         self.length += 1
 
 
@@ -173,6 +183,7 @@ class Beams:
         self._best_scores = torch.full((images, beams), _NEVER, device=device)
         self._finished = torch.zeros(images, beams, dtype=torch.bool, device=device)
         self._open = torch.ones(images, dtype=torch.bool, device=device)
+        self._lost = ~self._open
 
     @property
     def going(self) -> Tensor:
@@ -185,12 +196,14 @@ class Beams:
         return self.ids[:, :, self.length - 1].flatten()
 
     def results(self) -> Tensor:
-        """(images, beams, ``max_tokens``) int64, the best caption first."""
-        return self._best_ids
+        """(images, beams, ``max_tokens``) int64, the best caption first; those of an image that is
+        lost hold `NOT_FINITE`."""
+        return self._best_ids.masked_fill(self._lost[:, None, None], NOT_FINITE)
 
     def keep(self, order: Tensor) -> None:
         """Go on with images ``order`` (M,) int64 alone, in that order."""
-        for name in ("ids", "_scores", "_best_ids", "_best_scores", "_finished", "_open"):
+        names = "ids", "_scores", "_best_ids", "_best_scores", "_finished", "_open", "_lost"
+        for name in names:
             setattr(self, name, getattr(self, name)[order])
 
     def step(self, logits: Tensor) -> Tensor:
@@ -201,7 +214,11 @@ class Beams:
         images, beams = self._scores.shape
         size = logits.shape[-1]
         ids = self.ids[..., : self.length].flatten(0, 1)
-        log_probs = self.rules.apply(logits.log_softmax(dim=-1), ids)
+        log_probs = logits.log_softmax(dim=-1)
+        # One logit that is not finite makes NaN of its whole row.
+        lost = log_probs[:, 0].isnan().view(images, beams).any(dim=1)
+        self._lost, self._open = self._lost | lost, self._open & ~lost
+        log_probs = self.rules.apply(log_probs, ids)
         total = log_probs.view(images, beams, -1) + self._scores[:, :, None]
         scores, index = total.flatten(1).topk(2 * beams, dim=-1)
         source, tokens = index // size, index % size

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from stages.caption import CaptionConfig, CaptionStage
 from stages.errors import CheckpointError
@@ -18,6 +20,7 @@ from stages.schemas import CAPTIONS, IMAGES
 from tests import tiny_models
 from tests.images import cut, image_rows, jpeg
 from tests.tables import filled
+from tests.unit.test_images import encoded
 
 SEVEN = [jpeg(seed) for seed in range(7)]
 
@@ -127,6 +130,40 @@ def test_a_caption_without_a_word_has_failed(folder: Path, tmp_path: Path) -> No
     assert [(row["text"], row["status"], row["detail"]) for row in found] == [
         (None, "failed", "empty text")
     ] * 2
+
+
+@pytest.fixture(scope="module")
+def dazzled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A captioner that sees black pictures only: what is brighter becomes infinite."""
+    where = tmp_path_factory.mktemp("models") / "dazzled"
+    tiny_models.save_blip(tiny_models.captioner_model(), where)
+    file = where / "preprocessor_config.json"
+    settings = json.loads(file.read_text()) | {"image_mean": [0.0] * 3, "image_std": [1e-39] * 3}
+    file.write_text(json.dumps(settings))
+    return where
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in divide")
+@pytest.mark.parametrize("method", ["nucleus", "greedy", "beam"])
+def test_logits_that_are_not_finite_harm_no_other_image(dazzled: Path, method: str) -> None:
+    def processed(files: list[bytes]) -> list[dict[str, object]]:
+        captions = 1 if method == "greedy" else 2
+        generation = GenerationConfig(method=method, captions_per_image=captions)
+        config = CaptionConfig(model=str(dazzled), device="cpu", generation=generation)
+        stage = CaptionStage(config)
+        stage.setup()
+        return stage.process(images(files)).to_pylist()
+
+    dark = [encoded(Image.new("RGB", (40, 32 + i)), "PNG") for i in range(3)]
+    found = processed([dark[0], SEVEN[0], dark[1], SEVEN[1], dark[2]])
+    told = [(row["text"], row["status"], row["detail"]) for row in found]
+    each = len(told) // 5
+    for bright in (1, 3):
+        rows = told[bright * each : (bright + 1) * each]
+        assert rows == [(None, "failed", "scores are not finite")] * each
+    expected = [(row["text"], row["status"], row["detail"]) for row in processed(dark)]
+    assert told[:each] + told[2 * each : 3 * each] + told[4 * each :] == expected
+    assert {status for _, status, _ in expected} == {"success"}
 
 
 def test_another_kind_of_model_is_refused(tmp_path: Path) -> None:

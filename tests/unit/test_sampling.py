@@ -5,7 +5,16 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from stages.models.sampling import draw, forbid, nucleus, penalise_repeats, uniforms
+from stages.models.sampling import (
+    NOT_FINITE,
+    Rules,
+    Samples,
+    draw,
+    forbid,
+    nucleus,
+    penalise_repeats,
+    uniforms,
+)
 
 KEYS = [hashlib.sha256(bytes([i])).digest() for i in range(50)]
 
@@ -85,6 +94,32 @@ def test_draw_at_the_borders() -> None:
     tokens = torch.tensor([[9, 4, 7, 1]]).expand(5, -1)
     noise = torch.tensor([0.0, 0.4999, 0.5, 0.75, 1 - 2**-53], dtype=torch.float64)
     assert draw(probabilities, tokens, noise).tolist() == [9, 9, 4, 7, 7]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("settings", [(50, 0.9), None])
+def test_a_row_that_is_not_finite_is_lost_alone(
+    bad: float, settings: tuple[int, float] | None
+) -> None:
+    torch.manual_seed(3)
+    rules = Rules(min_tokens=1, max_tokens=6, penalty=1.1, eos=3, pad=0)
+    noise = torch.from_numpy(uniforms(0, KEYS[:3], 2, 6))
+
+    def sampled(spoil: bool) -> torch.Tensor:
+        torch.manual_seed(4)
+        search = Samples(torch.tensor([7]), noise, rules, nucleus=settings)
+        for step in range(5):
+            logits = torch.randn(6, 100)
+            if spoil and step == 2:
+                logits[3, 50] = bad
+            search.step(logits)
+            assert ((search.last >= 0) & (search.last < 100)).all()
+        return search.results()
+
+    expected, found = sampled(spoil=False), sampled(spoil=True)
+    assert (found[1, 1] == NOT_FINITE).all() and (expected != NOT_FINITE).all()
+    found[1, 1] = expected[1, 1]
+    assert torch.equal(found, expected)
 
 
 def test_draw_does_not_depend_on_the_batch() -> None:
