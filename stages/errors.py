@@ -74,11 +74,16 @@ _NO_MEMORY = (
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error`` says that a GPU's or the machine's memory is used up."""
-    if isinstance(error, MemoryError):
-        return True
-    message = str(error)
-    return isinstance(error, RuntimeError) and any(told in message for told in _NO_MEMORY)
+    """Whether ``error``, or one that it followed, says that a GPU's or the machine's memory is used
+    up: a graph whose capture that interrupts complains of the capture alone."""
+    while error is not None:
+        told = str(error)
+        if isinstance(error, MemoryError) or (
+            isinstance(error, RuntimeError) and any(words in told for words in _NO_MEMORY)
+        ):
+            return True
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
 
 
 _CLOUD_MODULES = frozenset({"botocore", "aiohttp", "aiobotocore", "gcsfs", "google", "fsspec"})
