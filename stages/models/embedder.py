@@ -28,7 +28,7 @@ from stages.models.blocks import TextStack, VisionTransformer
 from stages.models.folders import ModelFolder, one_line
 from stages.models.matcher import TEXTS_AN_IMAGE, trimmed, unit
 from stages.models.preprocessing import Preprocessing
-from stages.models.text import clean_caption, encode_texts, fitted_to
+from stages.models.text import clean_caption, encodable, encode_texts, fitted_to
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
@@ -138,7 +138,7 @@ class _Clip:
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         batch = self.tokenizer(
-            list(texts),
+            [encodable(text) for text in texts],
             padding=True,
             truncation=True,
             max_length=self.text_config.max_position_embeddings,

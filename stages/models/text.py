@@ -35,10 +35,12 @@ def clean_caption(text: str, max_words: int = 30) -> str:
     words = text.split(" ", max_words)
     if len(words) > max_words:
         text = " ".join(words[:max_words])
-    return _encodable(text)
+    return encodable(text)
 
 
-def _encodable(text: str) -> str:
+def encodable(text: str) -> str:
+    """``text`` with a replacement character for each half of a surrogate pair, which tokenizers
+    refuse."""
     return text.encode("utf-8", "replace").decode("utf-8") if not text.isascii() else text
 
 
@@ -99,7 +101,7 @@ def word_tokenizer(
     counts = Counter(
         word
         for text in texts
-        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(_encodable(text)))
+        for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(encodable(text)))
     )
     frequent = sorted((-count, word) for word, count in counts.items() if count >= min_count)
     words = [*BERT_TOKENS, *(word for _, word in frequent[:max_words])]
@@ -134,7 +136,7 @@ def encode_texts(
 
         return torch.zeros(0, 0, dtype=torch.int64), torch.zeros(0, 0, dtype=torch.int64)
     batch = tokenizer(
-        [_encodable(text) for text in texts],
+        [encodable(text) for text in texts],
         padding="longest",
         truncation=True,
         max_length=max_tokens,

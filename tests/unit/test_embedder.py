@@ -126,6 +126,12 @@ def test_bfloat16_is_close(clip: Path) -> None:
     assert (whole.text_features(TEXTS) * half.text_features(TEXTS)).sum(dim=1).min() > 0.99
 
 
+def test_half_a_surrogate_pair_harms_no_other_text(clip: Path) -> None:
+    embedder = Embedder(clip)
+    whole = embedder.text_features(["a", "b \ud800 c", "d"])
+    assert (whole - embedder.text_features(["a", "b ? c", "d"])).abs().max() < 1e-6
+
+
 def test_texts_that_do_not_fit_are_halved(clip: Path) -> None:
     embedder = Embedder(clip, batch_size=4)
     texts = [f"a red cat {number}" for number in range(13)]
