@@ -135,7 +135,7 @@ class ModelStage(ShardStage, Generic[C, M]):
         self.weights, self.model = opened.weights, self.load(opened)
         if self.config.batch_size == "auto":
             self._find_batch_size()
-        self._started_with = self.model.batch_size
+        self._found = self._size = self._started_with = self.model.batch_size
         self._tokens_before = self.model.tokens
 
     def _find_batch_size(self) -> None:
@@ -150,10 +150,10 @@ class ModelStage(ShardStage, Generic[C, M]):
 
     def choices(self) -> dict[str, int]:
         """The batch size, where it is ``auto``."""
-        return {"batch_size": self.model.batch_size} if self.config.batch_size == "auto" else {}
+        return {"batch_size": self._found} if self.config.batch_size == "auto" else {}
 
     def choose(self, choices: Mapping[str, int]) -> None:
-        self.model.batch_size = choices["batch_size"]
+        self._size = choices["batch_size"]
 
     def facts(self) -> dict[str, str]:
         """Of the last table: ``batch_size``, "32", or "32, 16" where memory ran out on the way; and
@@ -164,8 +164,9 @@ class ModelStage(ShardStage, Generic[C, M]):
         return {"batch_size": ", ".join(map(str, sizes))} | told
 
     def batches(self, table: pa.Table, broken: dict[int, str]) -> Iterator[Batch]:
-        """`batches` of ``table`` for the model, on its device before it asks for them."""
-        self._started_with = size = self.model.batch_size
+        """`batches` of ``table`` for the model, on its device before it asks for them. Where memory
+        ran out over an earlier table is forgotten: results must not depend on a worker's past."""
+        self._started_with = size = self.model.batch_size = self._size
         self._tokens_before = self.model.tokens
         model, threads = self.model, self.config.decode_threads
         return batches(table, size, model.preprocessing, broken, threads, model.device)

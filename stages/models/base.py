@@ -98,7 +98,7 @@ class InferenceModel:
     ) -> Iterator[R]:
         """``run`` over ``count`` items, ``each`` x ``batch_size`` at a time, in order.
 
-        ``cut``: where a batch that starts at an item ends, if not after so many.
+        ``cut``: where a batch that starts at an item ends, if sooner than after so many.
         """
         start = 0
         while start < count:
@@ -109,7 +109,8 @@ class InferenceModel:
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or end - start <= each:
                     raise
-                self.batch_size = max(1, (end - start) // (2 * each))
+                while each * self.batch_size >= end - start:  # a short batch must shrink too
+                    self.batch_size //= 2
             if results:
                 yield from results
                 start = end

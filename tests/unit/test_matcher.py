@@ -135,12 +135,12 @@ def test_texts_and_pairs_that_do_not_fit_are_halved(folder: Path) -> None:
     matcher.encoder.forward = small_machine
     again = matcher.encode_texts(texts)
     assert (again.features - words.features).abs().max() < 1e-5
-    assert tried == [21, 8, 8, 5] and matcher.batch_size == 2
+    assert tried == [21, 16, 8, 8, 5] and matcher.batch_size == 2
     matcher.batch_size = 8
     found = matcher.itm_logits(encoded, words, pairs)
     assert (found - expected).abs().max() < 1e-5
-    # 8 images of 3 pairs: 24, then 12, then 6 at a time; the image of 21: 8, 8 and 5.
-    assert tried[4:] == [24, 12, 3, 3, 3, 3, 3, 3, 3, 3, 4, 4, 4, 4, 4, 1]
+    # 8 images of 3 pairs: 24, then 15, then 6 at a time; the image of 21: 8, 8 and 5.
+    assert tried[5:] == [24, 15, 6, 6, 6, 6, 8, 8, 5]
 
 
 def test_scores_do_not_depend_on_the_batch(folder: Path, matcher: Matcher) -> None:

@@ -78,6 +78,50 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     assert not out_of_memory(RuntimeError("shapes"))
 
 
+class Capture:
+    """Ends as `torch.cuda.graph` does where what it captures fails."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("shapes"), False),
+    ],
+)
+def test_a_lack_of_memory_is_told_from_what_it_leads_to(raised: Exception, expected: bool) -> None:
+    with pytest.raises(RuntimeError, match="capture") as caught, Capture():
+        raise raised
+    assert out_of_memory(caught.value) == expected
+    with pytest.raises(ValueError, match="twice") as again:
+        raise ValueError("twice") from caught.value
+    assert out_of_memory(again.value) == expected
+    with pytest.raises(ValueError, match="apart") as apart:
+        try:
+            raise raised
+        except type(raised):
+            raise ValueError("apart") from None
+    assert not out_of_memory(apart.value)
+
+
+def test_a_short_batch_halves_the_size_no_further_than_it_must() -> None:
+    runs, tried = model(16), []
+
+    def run(part: slice) -> None:
+        tried.append(part.stop - part.start)
+        if tried[-1] > 16:
+            raise no_memory()
+
+    list(runs.batches(20, run, each=4))
+    assert tried == [20, 16, 4] and runs.batch_size == 4
+
+
 def test_a_cpu_keeps_the_size_it_starts_from() -> None:
     assert model(16).grow(lambda count: None) == 16
 
