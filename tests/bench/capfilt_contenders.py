@@ -7,6 +7,7 @@ import itertools
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -156,7 +157,8 @@ def by_batches(size: int, run: Run) -> Run:
 
 
 def juicer(kind: str) -> Callable[[Setting], Run]:
-    """data-juicer's operator for ``kind``, its model and batch size being the setting's."""
+    """data-juicer's operator for ``kind``, its model and batch size being the setting's; its
+    methods are called as version 1.6.1 names them."""
 
     def build(setting: Setting) -> Run:
         import data_juicer.ops.filter as filters
@@ -167,6 +169,7 @@ def juicer(kind: str) -> Callable[[Setting], Run]:
             operator: Any = mappers.ImageCaptioningMapper(hf_img2seq=str(setting.captioner))
         else:
             operator = filters.ImageTextMatchingFilter(hf_blip=str(setting.matcher))
+        torch.set_num_threads(setting.threads)  # some versions set one thread when imported
 
         def run(images: Images) -> object:
             files = [kept / f"{index}.png" for index in range(len(images))]
@@ -194,7 +197,7 @@ def contenders(kind: str) -> dict[str, Callable[[Setting], Run]]:
     )
     found = {"ours": ours, "transformers": theirs}
     if find_spec("data_juicer"):
-        found["data-juicer"] = juicer(kind)
+        found[f"data-juicer {version('py-data-juicer')}"] = juicer(kind)
     return found
 
 

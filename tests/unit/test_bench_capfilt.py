@@ -11,6 +11,7 @@ import torch
 
 from stages.filter import FilterStage
 from tests.bench import blip, capfilt, capfilt_engine, floor
+from tests.bench.capfilt_contenders import Setting
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,43 @@ def test_every_contender_is_measured(tmp_path: Path) -> None:
     assert expected <= {row["metric"] for row in found}
     for row in found:
         assert row["value"] > 0 and row["memory_gib"] > 0 and row["share_of_floor"] > 0
+
+
+def test_everyone_runs_at_the_batch_size_that_suits_it_for_each_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    best = {("captions", "ours"): 2, ("scores", "ours"): 8, ("captions", "transformers"): 4}
+
+    def measured(
+        kind: str, name: str, setting: Setting, count: int, quick: bool
+    ) -> tuple[float, float]:
+        return 1 / (1 + abs(setting.batch - best.get((kind, name), 2))), 1.0
+
+    monkeypatch.setattr(capfilt, "measure", measured)
+    file = tmp_path / "rows.json"
+    capfilt.main(["--quick", "--threads", "1", "--rounds", "2", "--json", str(file)])
+    found = {row["metric"]: row for row in json.loads(file.read_text())}
+    for (kind, name), size in best.items():
+        label = name if name == "ours" else f"{name}, batched"
+        row = found[f"{kind}: {label}"]
+        assert (row["batch"], row["value"]) == (str(size), 1.0)
+    assert found["captions: transformers, one at a time"]["batch"] == "1"
+    assert found["captions + scores: ours"]["batch"] == "2/8"
+
+
+@pytest.mark.parametrize(
+    ("given", "images", "batch"),
+    [
+        ([], 8, [2, 4, 8]),
+        (["--device", "cuda"], 16, [8]),
+        (["--exact"], 500, [8]),
+        (["--store"], 16, [8]),
+        (["--batch", "3"], 8, [3]),
+    ],
+)
+def test_sizes_that_are_not_given(given: list[str], images: int, batch: list[int]) -> None:
+    options = capfilt.arguments(given)
+    assert (options.images, options.batch) == (images, batch)
 
 
 def test_graphs_and_batch_shapes_are_compared(tmp_path: Path) -> None:
