@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import duckdb
 import pyarrow as pa
@@ -27,7 +28,11 @@ _ROWS = 5
 _NARROW_ROWS = 20
 _CELL = 400
 
+_IN_ALL = {"ingest": ("sources",), "finetune": ("finetune_captioner", "finetune_filter")}
+"""What a whole step is called → the stages whose tables it wrote."""
+
 Rows = Sequence[Sequence[Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -90,25 +95,32 @@ def choose(rounds: Mapping[int, Mapping[str, View]], what: str, number: int | No
     Raises:
         UserError: there is no such stage, table or round, or nothing of it is published.
     """
-    known = [*STAGES, *(name for name in table_names() if name not in STAGES)]
+    known = [*STAGES, *_IN_ALL, *(name for name in table_names() if name not in STAGES)]
     if what not in known:
         raise UserError(f"inspect: no stage {what!r}; there are {', '.join(known)}")
     having = {n: found for n, views in rounds.items() if (found := _named(views, what))}
+    return _of_round(having, rounds, f"table of {what}", number)
+
+
+def _of_round(having: Mapping[int, T], begun: Iterable[int], what: str, number: int | None) -> T:
+    """What round ``number``, or the last one, has; UserError where that is nothing."""
     if number is None and having:
         return having[max(having)]
     if number is not None and number in having:
         return having[number]
-    if number is not None and number not in rounds:
-        raise UserError(f"inspect: no round {number}; {_begun(rounds)}")
+    begun = set(begun)
+    if number is not None and number not in begun:
+        raise UserError(f"inspect: no round {number}; {_begun(begun)}")
     where = "in this run" if number is None else f"in round {number}"
     others = f"; it is in round {', '.join(map(str, sorted(having)))}" if having else ""
-    raise UserError(f"inspect: no table of {what} is published {where}{others}")
+    raise UserError(f"inspect: no {what} is published {where}{others}")
 
 
 def _named(views: Mapping[str, View], what: str) -> list[View]:
     if what in views:
         return [views[what]]
-    return [view.of(what) for view in views.values() if what in view.stages]
+    stages = _IN_ALL.get(what, (what,))
+    return [view.of(name) for name in stages for view in views.values() if name in view.stages]
 
 
 def _begun(rounds: Iterable[int]) -> str:
@@ -302,6 +314,25 @@ def cell(value: Any, limit: int = _CELL) -> str:
     return clean(value, limit)
 
 
+def print_decision(store: Store, number: int | None, out: Console) -> None:
+    """The gate's word on the models of round ``number``, or of the last that has one, as JSON.
+
+    Raises:
+        UserError: there is no such round, or the gate has not spoken.
+    """
+    rounds = {round_.number: round_ for round_ in read_rounds(store)}
+    spoken = {
+        n: names[0]
+        for n, round_ in rounds.items()
+        if (names := round_.records.get("gate")) and store.exists(names[0])
+    }
+    record = store.read_record(_of_round(spoken, rounds, "decision of gate", number))
+    for payload in record.payloads:
+        document = {"round": record.round, **json.loads(store.read_bytes(payload.path))}
+        # Escaped, and not broken at the edge of a screen: for other programs too.
+        out.print(Text(json.dumps(document, indent=2)), soft_wrap=True)
+
+
 def print_answer(query: Query, sql: str, rows: int | None, out: Console) -> None:
     """The answer to ``sql``.
 
@@ -323,7 +354,8 @@ def inspect(
     rows: int | None,
     out: Console,
 ) -> None:
-    """What ``capfilt inspect`` does: an overview, one stage's tables, or the answer to ``sql``.
+    """What ``capfilt inspect`` does: an overview, one stage's tables, the gate's decision, or the
+    answer to ``sql``.
 
     Raises:
         UserError: there is no such stage or round, nothing is published, or the SQL is refused.
@@ -332,6 +364,8 @@ def inspect(
     if sql is not None:
         query = Query(store, _round(rounds, what, number), read_removed(store).samples)
         print_answer(query, sql, rows, out)
+    elif what == "gate":
+        print_decision(store, number, out)
     elif what is None:
         chosen = rounds if number is None else {number: _round(rounds, None, number)}
         print_overview(chosen, out)

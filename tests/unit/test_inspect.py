@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,9 +92,22 @@ def test_of_a_shared_table_a_stage_shows_its_own_part(store: Store) -> None:
     assert look(store, sql=f"{log} finetune_filter").split()[-1] == "finetune_filter"
 
 
+def test_a_step_shows_the_tables_of_all_its_stages(store: Store) -> None:
+    assert look(store, "ingest") == look(store, "sources")
+    both = f"{look(store, 'finetune_captioner')}\n{look(store, 'finetune_filter')}"
+    assert look(store, "finetune") == both
+
+
+def test_the_gates_decision_is_json(store: Store) -> None:
+    said = json.loads(look(store, "gate"))
+    assert said["round"] == 1 and said["decision"]["filter"]["promoted"] is True
+    assert json.loads(look(store, "gate", 0))["round"] == 0
+
+
 @pytest.mark.parametrize(
     ("what", "number", "parts"),
     [
+        ("gate", 7, ["no round 7", "0, 1"]),
         ("capton", None, ["no stage 'capton'", "caption", "pairs"]),
         ("caption", 0, ["no table of caption is published in round 0", "it is in round 1"]),
         ("caption", 7, ["no round 7", "0, 1"]),
@@ -121,6 +135,16 @@ def test_what_is_not_published_is_not_shown(tmp_path: Path) -> None:
     store = make_run(str(tmp_path / "run"))
     store.remove(read_rounds(store)[1].records["caption"][0])
     assert "caption: 2 rows in 1 file" in look(store, "caption")
+
+
+def test_the_gate_has_not_spoken_yet(tmp_path: Path) -> None:
+    store = make_run(str(tmp_path / "run"))
+    store.remove(read_rounds(store)[1].records["gate"][0])
+    with pytest.raises(UserError, match="no decision of gate .* in round 1; it is in round 0$"):
+        look(store, "gate", 1)
+    store.remove(read_rounds(store)[0].records["gate"][0])
+    with pytest.raises(UserError, match="no decision of gate is published in this run$"):
+        look(store, "gate")
 
 
 def test_sql_joins_stages(query: Query) -> None:
