@@ -11,11 +11,19 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from stages.errors import CapfiltError, LeaseHeldError, UserError
+from stages.errors import (
+    CapfiltError,
+    CheckpointError,
+    ConfigError,
+    LeaseHeldError,
+    SourceError,
+    UserError,
+)
 
 # What needs Ray or torch is imported by the command that does, so that the others start at once.
 if TYPE_CHECKING:
@@ -230,11 +238,25 @@ def _do_run(options: argparse.Namespace) -> int:
     from pipeline import rounds
     from pipeline.progress import Screen
 
-    with Screen(run=config.run) as screen:
+    with Screen(run=config.run) as screen, _configured(options.config, overrides):
         rounds.run(config, screen, options.dry_run, options.retry_failed)
     if not options.dry_run:
         _print_figures(config.run)
     return 0
+
+
+@contextmanager
+def _configured(path: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Inside, an error that begins with a field of the config also says where that was set."""
+    from pipeline.config import RunConfig, origin
+
+    try:
+        yield
+    except (CheckpointError, ConfigError, SourceError) as error:
+        told = str(error)
+        if told.partition(":")[0].partition(".")[0] not in RunConfig.model_fields:
+            raise
+        raise type(error)(f"{origin(told, path, overrides)}: {told}") from error
 
 
 def _print_figures(run: str) -> None:
@@ -259,7 +281,10 @@ def _do_schedule(options: argparse.Namespace) -> int:
     from pipeline.schedule import fire
 
     try:
-        with Screen(run=config.run) as screen:
+        with (
+            Screen(run=config.run) as screen,
+            _configured(options.config, options.overrides),
+        ):
             went_round = fire(config, screen)
     except LeaseHeldError as error:
         return _fail(f"skipped: {error}", _SKIPPED, "debug" in options, options.where)

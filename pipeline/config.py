@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -153,6 +153,17 @@ class RunConfig(Config):
                 raise ValueError(f"{name}.{uneven}")
         return self
 
+    @model_validator(mode="after")
+    def _a_world_is_there(self) -> RunConfig:
+        if self.world is None:
+            for field, text in _strings(self.model_dump()):
+                if "{world}" in text:
+                    raise ValueError(
+                        f"{field}: {_short(text)} lies in the sample world's folder, and `world` is "
+                        "not given; name what is yours"
+                    )
+        return self
+
     @property
     def first_round(self) -> int:
         """0 where the run starts from nothing, 1 where caption.model and filter.model are given."""
@@ -163,7 +174,8 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in the YAML file ``path``, with ``a.b=value`` overrides applied.
 
     Raises:
-        ConfigError: no such file, not YAML, or a field that is unknown, missing or out of range.
+        ConfigError: no such file, not YAML, or a field that is unknown, missing or out of range;
+            naming where the field was set, as `origin` does.
     """
     try:
         values = _unshared(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
@@ -177,12 +189,12 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         raise ConfigError(f"{path}: must hold a mapping of settings, found {type(values).__name__}")
     for override in overrides:
         _apply(values, override)
-    return parse(values, path)
+    return parse(values, path, overrides)
 
 
-def parse(values: Mapping[str, Any], where: str) -> RunConfig:
-    """Check plain values. ``where`` names their origin in the error. ``seed`` is passed on to
-    every stage that does not name its own.
+def parse(values: Mapping[str, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Check plain values, which already hold the ``overrides``. ``where`` names their origin in
+    the error. ``seed`` is passed on to every stage that does not name its own.
 
     Raises:
         ConfigError: naming the field, the value and what is allowed.
@@ -190,7 +202,21 @@ def parse(values: Mapping[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(_seeded(values))
     except ValidationError as error:
-        raise ConfigError(f"{where}: {explain(error, RunConfig)}") from error
+        told = explain(error, RunConfig)
+        raise ConfigError(f"{origin(told, where, overrides)}: {told}") from error
+
+
+def origin(told: str, path: str, overrides: Sequence[str]) -> str:
+    """Where the field was set with which the error ``told`` begins: by one of ``overrides``, in
+    the file ``path``, or by both, where an override set a part of it."""
+    field = told.partition(": ")[0]
+    for override in reversed(overrides):
+        key = override.partition("=")[0]
+        if f"{field}.".startswith(f"{key}."):
+            return f"override {_short(override)}"
+        if key.startswith(f"{field}."):
+            return f"{path} with {_short(override)}"
+    return path
 
 
 _SEEDED = ("caption.generation", "pretrain", "finetune.captioner", "finetune.filter")
@@ -228,6 +254,16 @@ def substitute(config: RunConfig, world: Path) -> RunConfig:
         return value
 
     return RunConfig.model_validate(walk(config.model_dump()))
+
+
+def _strings(value: Any, field: str = "") -> Iterator[tuple[str, str]]:
+    """Every string in nested values, with its dotted field."""
+    if isinstance(value, str):
+        yield field, value
+    elif isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, item in items:
+            yield from _strings(item, f"{field}.{key}" if field else str(key))
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -269,7 +305,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     field = ".".join(str(part) for part in first["loc"])
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "extra_forbidden":
-        return f"{field}: unknown key{_nearest(first['loc'], model)}{more}"
+        value = _short(first["input"])
+        return f"{field}: {value}: unknown key{_nearest(first['loc'], model)}{more}"
     message = re.sub(r"^(Value error, |Input should be )", "", first["msg"])
     if first["type"] == "missing":
         return f"{field}: is missing{more}"

@@ -47,7 +47,7 @@ def check_sources(config: RunConfig, awaited: bool = False) -> list[str]:
     empty = []
     for origin, given in (("sources", config.sources), ("human", config.human)):
         for number, source in enumerate(given):
-            if _made(config, source.path):
+            if _made(source.path):
                 continue
             with _field(field := f"{origin}.{number}.path"):
                 human = origin == "human"
@@ -59,11 +59,11 @@ def check_sources(config: RunConfig, awaited: bool = False) -> list[str]:
 def check_models(config: RunConfig) -> None:
     """Parse the probe sets and open the models. Raises as `check`."""
     for split, folder in (("dev", config.dev), ("test", config.test)):
-        if folder is not None and not _made(config, folder):
+        if folder is not None and not _made(folder):
             with _field(split):
                 read_probes(Path(folder))
     for field, ref, use in _models(config):
-        if not _made(config, ref):
+        if not _made(ref):
             with _field(field):
                 use(ref)
 
@@ -78,8 +78,9 @@ def check_stays(run: str) -> None:
         )
 
 
-def _made(config: RunConfig, path: str) -> bool:
-    return config.world is not None and "{world}" in path
+def _made(path: str) -> bool:
+    """Whether the sample world will hold it; without a world, `RunConfig` refuses such a path."""
+    return "{world}" in path
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def _inits(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], object
     if pretrain.init_vision is not None:
         vision = pretrain.model.vision
         yield "pretrain.init_vision", pretrain.init_vision, lambda ref: vision_start(ref, vision)
-    if pretrain.init_text is not None and not _made(config, pretrain.tokenizer):
+    if pretrain.init_text is not None and not _made(pretrain.tokenizer):
         words = load_tokenizer(pretrain.tokenizer)
         text = fitted_to(pretrain.model.text, words)
         yield "pretrain.init_text", pretrain.init_text, lambda ref: text_start(ref, text, words)

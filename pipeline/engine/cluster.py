@@ -222,8 +222,9 @@ def _check_listens(address: str) -> None:
 
 
 def _unusable(address: str, why: str) -> ConfigError:
+    given = "RAY_ADDRESS" if address == os.environ.get("RAY_ADDRESS") else "engine.address"
     return ConfigError(
-        f"engine.address: cannot use the Ray cluster at {address}: {why}; give HOST:PORT of a "
+        f"{given}: cannot use the Ray cluster at {address}: {why}; give HOST:PORT of a "
         "head of the same Ray and Python, with its token in RAY_AUTH_TOKEN if it wants one"
     )
 

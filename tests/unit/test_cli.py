@@ -122,7 +122,8 @@ def test_a_folder_without_a_run(command: str, tmp_path: Path) -> None:
 
 def test_an_unknown_key_writes_nothing(config: Path) -> None:
     said = refused(capfilt("run", str(config), "select.treshold=0.4", cwd=config.parent))
-    assert f"{config}: select.treshold: unknown key; did you mean 'threshold'?" in said
+    assert "override 'select.treshold=0.4': select.treshold: 0.4: unknown key" in said
+    assert "did you mean 'threshold'?" in said
     assert [path.name for path in config.parent.iterdir()] == ["run.yaml"]
 
 
@@ -132,17 +133,36 @@ def test_overrides_may_stand_anywhere(config: Path, capsys: pytest.CaptureFixtur
         return capsys.readouterr().err
 
     given = ("seed=1", "--rounds", "-3", "select.treshold=2", "--dry-run", "select.keep=all")
-    assert "select.treshold: unknown key" in said(str(config), *given)
+    assert "select.treshold: 2: unknown key" in said(str(config), *given)
     assert "rounds.count: -3 is not allowed" in said(str(config), "--rounds", "-3")
     assert "select.keep: 'all' is not allowed" in said("--rounds", "1", str(config), given[-1])
     assert "select.keep: 'all' is not allowed" in said(str(config), given[-1], "--rounds", "1")
 
 
-def test_a_source_that_is_not_there(config: Path) -> None:
-    for more in ((), ("--dry-run",)):
-        said = refused(capfilt("run", str(config), *more, cwd=config.parent))
-        assert "sources.0.path: web.parquet: no such file" in said
+def test_a_source_that_is_not_there(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(config.parent)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    for command in (["run"], ["run", "--dry-run"], ["schedule"]):
+        assert main([*command, str(config), "seed=1"]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"capfilt: {config}: sources.0.path: web.parquet: no such file")
+    given = "sources=[{path: none.csv}]"
+    assert main(["run", str(config), given]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"capfilt: override '{given}': sources.0.path: none.csv: no such file")
+    assert said.count("\n") == 1
     assert [path.name for path in config.parent.iterdir()] == ["run.yaml"]
+
+
+def test_what_is_no_matter_of_the_config_is_not_laid_to_it(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "ray://127.0.0.1:10001")
+    assert main(["run", str(config), "seed=1", f"run={config.parent}/run"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("capfilt: RAY_ADDRESS: cannot use the Ray cluster at ray://127.0.0.1")
 
 
 def test_another_world_than_the_run_began_with(tmp_path: Path) -> None:

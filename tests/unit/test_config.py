@@ -73,8 +73,8 @@ def test_an_override_fills_an_empty_section(file: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "parts"),
     [
-        ("select.treshold=0.4", ["select.treshold", "unknown key", "did you mean 'threshold'"]),
-        ("selekt.threshold=0.4", ["selekt", "unknown key", "did you mean 'select'"]),
+        ("select.treshold=0.4", ["select.treshold: 0.4: unknown key; did you mean 'threshold'"]),
+        ("selekt.threshold=0.4", ["selekt: {'threshold': 0.4}: unknown", "did you mean 'select'"]),
         ("select.zzz=1", ["select.zzz", "allowed are", "synthetic_threshold"]),
         ("sources.0.pth=x", ["sources.0.pth", "did you mean 'path'"]),
         ("select.threshold=2", ["select.threshold", "2", "less than or equal to 1"]),
@@ -136,11 +136,38 @@ def test_a_batch_that_workers_cannot_share_is_refused_before_any_work(
 
 def test_a_misspelt_section_is_named_rather_than_called_missing(file: Path) -> None:
     file.write_text(file.read_text().replace("pretrain", "pretrian"))
-    assert "pretrian: unknown key; did you mean 'pretrain'? (and 1 more)" in problem(file)
+    said = problem(file)
+    assert "pretrian: {'tokenizer': 'bert-base-uncased'}: unknown key" in said
+    assert "did you mean 'pretrain'? (and 1 more)" in said
 
 
-def test_the_file_is_named(file: Path) -> None:
-    assert problem(file, "select.threshold=2").startswith(f"{file}: select.threshold: 2 ")
+def test_it_says_where_the_field_was_set(file: Path) -> None:
+    with file.open("a") as text:
+        text.write("select: {threshold: 2}\nrounds: {counts: 1}\n")
+    assert problem(file, "seed=1").startswith(f"{file}: rounds.counts: 1: unknown key")
+    given = ("rounds={}", "select.threshold=0.5", "select.threshold=3", "selects.x=1")
+    assert problem(file, *given[:1]).startswith(f"{file}: select.threshold: 2 ")
+    assert problem(file, *given[:3]).startswith(
+        "override 'select.threshold=3': select.threshold: 3"
+    )
+    assert problem(file, *given).startswith(f"{file} with 'selects.x=1': selects: ")
+    assert problem(file, "select={threshold: 4}", *given[:1]).startswith("override 'select={thresh")
+    assert problem(file, *given[:2], "human=[]").startswith("override 'human=[]': human: at least")
+
+
+@pytest.mark.parametrize(
+    ("field", "override"),
+    [
+        ("sources.0.path", "sources.0.path={world}/web.parquet"),
+        ("pretrain.tokenizer", "pretrain.tokenizer={world}/tokenizer"),
+        ("dedup.evaluation.0", "dedup.evaluation=['{world}/dev']"),
+        ("dev", "dev={world}/dev"),
+    ],
+)
+def test_the_world_is_not_named_where_there_is_none(file: Path, field: str, override: str) -> None:
+    assert f"{field}: '{{world}}/" in problem(file, override)
+    assert "`world` is not given; name what is yours" in problem(file, override)
+    load(str(file), [override, "world={}"])
 
 
 def test_released_models_start_at_round_1(file: Path) -> None:
