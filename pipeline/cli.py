@@ -16,14 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from stages.errors import (
-    CapfiltError,
-    CheckpointError,
-    ConfigError,
-    LeaseHeldError,
-    SourceError,
-    UserError,
-)
+from stages.errors import CapfiltError, LeaseHeldError, UserError
 
 # What needs Ray or torch is imported by the command that does, so that the others start at once.
 if TYPE_CHECKING:
@@ -252,7 +245,7 @@ def _configured(path: str, overrides: Sequence[str]) -> Iterator[None]:
 
     try:
         yield
-    except (CheckpointError, ConfigError, SourceError) as error:
+    except UserError as error:
         told = str(error)
         if told.partition(":")[0].partition(".")[0] not in RunConfig.model_fields:
             raise

@@ -159,8 +159,8 @@ class RunConfig(Config):
             for field, text in _strings(self.model_dump()):
                 if "{world}" in text:
                     raise ValueError(
-                        f"{field}: {_short(text)} lies in the sample world's folder, and `world` is "
-                        "not given; name what is yours"
+                        f"{field}: {_short(text)} lies in the sample world's folder, and `world` "
+                        "is not given; name what is yours"
                     )
         return self
 

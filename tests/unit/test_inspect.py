@@ -140,10 +140,10 @@ def test_what_is_not_published_is_not_shown(tmp_path: Path) -> None:
 def test_the_gate_has_not_spoken_yet(tmp_path: Path) -> None:
     store = make_run(str(tmp_path / "run"))
     store.remove(read_rounds(store)[1].records["gate"][0])
-    with pytest.raises(UserError, match="no decision of gate .* in round 1; it is in round 0$"):
+    with pytest.raises(UserError, match=r"no decision of gate .* in round 1; it is in round 0$"):
         look(store, "gate", 1)
     store.remove(read_rounds(store)[0].records["gate"][0])
-    with pytest.raises(UserError, match="no decision of gate is published in this run$"):
+    with pytest.raises(UserError, match=r"no decision of gate is published in this run$"):
         look(store, "gate")
 
 

@@ -1,9 +1,11 @@
 """How stages share a cluster."""
 
+from pathlib import Path
+
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import EngineConfig, parse
+from pipeline.config import EngineConfig, load, parse
 from pipeline.engine.placement import check, check_training, share_out
 from stages.base import Resources
 from stages.errors import ConfigError
@@ -15,6 +17,9 @@ MINIMAL = {
     "human": [{"path": "human", "kind": "human"}],
     "pretrain": {"tokenizer": "bert-base-uncased"},
 }
+
+
+CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def stages(*needs: Resources) -> dict[str, Resources]:
@@ -172,3 +177,14 @@ def test_a_training_worker_is_no_larger_than_a_node():
     # What an autoscaler would bring cannot be looked at, only its sum.
     engine = {"train_gpus": 2, "train_workers": 4, "grows_to": {"CPU": 64, "GPU": 8}}
     check(parse({**MINIMAL, "engine": engine}, "x"), small)
+
+
+def test_one_machine_suffices_for_its_config():
+    config = load(str(CONFIGS / "one-machine.yaml"))
+    check(config, [{"CPU": 8.0, "GPU": 1.0, "memory": 52.0 * GIB}])
+    with pytest.raises(ConfigError):
+        check(config, [{"CPU": 8.0, "memory": 52.0 * GIB}])
+    # Queues turn over in whole batches.
+    pretrain, filter_ = config.pretrain, config.finetune.filter
+    assert pretrain.model.queue_size % (pretrain.batch_size // pretrain.accumulate) == 0
+    assert filter_.queue_size % (filter_.batch_size // filter_.accumulate) == 0
