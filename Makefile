@@ -9,6 +9,9 @@ INSTALLED := $(VENV)/.installed
 install: $(INSTALLED)
 
 $(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' 2>&- \
+	  || { echo "$(PYTHON): $$($(PYTHON) --version 2>&1); capfilt needs Python 3.11 or 3.12:" \
+	  "name one, as in: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
@@ -32,7 +35,7 @@ format: install
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install  ## every benchmark, at sizes for two cores
+bench: install  ## every benchmark but that of chaos, at sizes for two cores
 	$(BIN)/python -m tests.bench.quickstart
 	$(BIN)/python -m tests.bench.table1 --threads 1
 	$(BIN)/python -m tests.bench.pretrain
