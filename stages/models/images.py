@@ -19,6 +19,8 @@ one."""
 _MAX_MARKERS = 10_000  # some hundred are usual at most, in files with long metadata
 # What a decoder of JPEG takes for a marker: not a stuffed 0xFF, a restart or padding.
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+# Tags of a TIFF: where its strips and its tiles are, and how long.
+_STRIPS = ((273, 279), (324, 325))
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -52,13 +54,15 @@ def decode(
     - 16-bit samples keep their high byte; floats are read as 0 to 1 where none exceeds 1, else as
       0 to 255.
 
-    The pixel count and a JPEG's scans are counted before any pixel is decoded. Raises `DecodeError`
-    for bytes that are damaged, truncated, too large, or in a format outside `FORMATS`.
+    The pixel count, a JPEG's scans and a TIFF's strips are counted before any pixel is decoded.
+    Raises `DecodeError` for bytes that are damaged, truncated, too large, or in a format outside
+    `FORMATS`.
     """
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, max_pixels)
             _check_scans(data)
+            _check_strips(image, len(data))
             if cover is not None:
                 image.draft(None, (cover, cover))
 
@@ -124,6 +128,17 @@ def _rgb(image: Image.Image) -> Image.Image:
         del image, white  # each takes as much memory as what is made next
         return opaque.convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _check_strips(image: Image.Image, length: int) -> None:
+    """Raises `DecodeError` for a TIFF whose strips or tiles share bytes: each is read, so that some
+    thousands of them that are the whole file take hours."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    for places, sizes in _STRIPS:
+        # A decoder takes those without a size to reach to the end of the file.
+        total = sum(tags.get(sizes) or [length] * len(tags.get(places, ())))
+        if total > length:
+            raise DecodeError(f"a TIFF of {length} bytes, its strips of {total}")
 
 
 def upright_rgb(
