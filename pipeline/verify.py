@@ -19,6 +19,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TypeVar
 
+import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -352,7 +353,7 @@ def _check_ledger(
     except LedgerError as error:
         found.problems.append(f"round {round_.number}: {error}")
         return
-    except (CapfiltError, OSError, KeyError, ValueError):
+    except (CapfiltError, OSError, KeyError, ValueError, duckdb.Error):
         # Files that are missing or damaged are told of one by one.
         found.problems.append(f"round {round_.number}: the ledger's tables cannot all be read")
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import json
+import os
 import re
 import shlex
 from fnmatch import fnmatch
@@ -208,7 +209,7 @@ def test_timers_fire_the_tested_command_on_one_machine(monkeypatch: pytest.Monke
     assert command(fired) == overrides
     # No address is given, so that a Ray of one machine starts, which has to be enough.
     config = load(str(ROOT / "configs/cluster.yaml"), overrides)
-    assert look(config.engine) is None
+    assert [node["CPU"] for node in look(config.engine)] == [os.cpu_count()]  # this machine
     check(config, [{"CPU": 8.0, "GPU": 1.0, "memory": 52.0 * (1 << 30)}])
     with pytest.raises(ConfigError, match="a local Ray does not grow"):
         look(load(str(ROOT / "configs/cluster.yaml")).engine)
