@@ -291,7 +291,7 @@ def run(
     try:
         mine, theirs, wrong = raced(count, rounds, hosts)
         with patch.object(socket, "getaddrinfo", known_locally):
-            limits = {"timeout": 3.0, "total_timeout": 6.0, "max_bytes": 2 << 20}
+            limits = {"timeout": 5.0, "total_timeout": 10.0, "max_bytes": 2 << 20}
             rules = {"min_image_size": 8, "respect_robots": True, "respect_tdmrep": True}
             wrong += ours(mixed(faulty, slow), hosts, **limits, **rules)[2]
         wrong += ours(passing(faulty // 20), hosts, retries=1, backoff=0.01)[2]
