@@ -21,6 +21,8 @@ _MAX_MARKERS = 10_000  # some hundred are usual at most, in files with long meta
 _MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
 # Tags of a TIFF: where its strips and its tiles are, and how long.
 _STRIPS = ((273, 279), (324, 325))
+_MAX_READINGS = 16
+"""Of a TIFF's bytes. Files with a few wrong sizes are common, and decoders forgive them."""
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -135,10 +137,10 @@ def _check_strips(image: Image.Image, length: int) -> None:
     thousands of them that are the whole file take hours."""
     tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
     for places, sizes in _STRIPS:
-        # A decoder takes those without a size to reach to the end of the file.
-        total = sum(tags.get(sizes) or [length] * len(tags.get(places, ())))
-        if total > length:
-            raise DecodeError(f"a TIFF of {length} bytes, its strips of {total}")
+        # A decoder takes those without a size to reach to the end of the file; a wrong one, too.
+        told = tags.get(sizes) or [length] * len(tags.get(places, ()))
+        if sum(min(size, length) for size in told) > _MAX_READINGS * length:
+            raise DecodeError(f"a TIFF whose {len(told)} strips share bytes")
 
 
 def upright_rgb(
