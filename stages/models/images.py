@@ -111,6 +111,17 @@ def _check_scans(data: bytes) -> None:
     raise DecodeError(f"a JPEG of more than {MAX_SCANS} scans or {_MAX_MARKERS} markers")
 
 
+def _check_strips(image: Image.Image, length: int) -> None:
+    """Raises `DecodeError` for a TIFF whose strips or tiles share bytes: each is read, so that some
+    thousands of them that are the whole file take hours."""
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    for places, sizes in _STRIPS:
+        # A decoder takes those without a size to reach to the end of the file; a wrong one, too.
+        told = tags.get(sizes) or [length] * len(tags.get(places, ()))
+        if sum(min(size, length) for size in told) > _MAX_READINGS * length:
+            raise DecodeError(f"a TIFF whose {len(told)} strips share bytes")
+
+
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
@@ -130,17 +141,6 @@ def _rgb(image: Image.Image) -> Image.Image:
         del image, white  # each takes as much memory as what is made next
         return opaque.convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def _check_strips(image: Image.Image, length: int) -> None:
-    """Raises `DecodeError` for a TIFF whose strips or tiles share bytes: each is read, so that some
-    thousands of them that are the whole file take hours."""
-    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
-    for places, sizes in _STRIPS:
-        # A decoder takes those without a size to reach to the end of the file; a wrong one, too.
-        told = tags.get(sizes) or [length] * len(tags.get(places, ()))
-        if sum(min(size, length) for size in told) > _MAX_READINGS * length:
-            raise DecodeError(f"a TIFF whose {len(told)} strips share bytes")
 
 
 def upright_rgb(
