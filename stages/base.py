@@ -235,7 +235,9 @@ def read_tables(files: Iterable[Path], columns: Sequence[str] | None = None) -> 
     import pyarrow.parquet as pq
 
     for file in files:
-        yield pq.read_table(file, columns=list(columns) if columns is not None else None)
+        # `pq.read_table` would import pyarrow's datasets, 0.8 s of every worker's start.
+        with pq.ParquetFile(file) as table:
+            yield table.read(columns=list(columns) if columns is not None else None)
 
 
 def batches(files: Iterable[Path], columns: Sequence[str]) -> Iterator[pa.Table]:

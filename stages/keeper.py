@@ -8,6 +8,7 @@ pixels in place of a file: its own decoder ignores EXIF orientation and colour p
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import io
 import os
 import threading
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
@@ -120,8 +122,7 @@ class ImageKeeper:
         self._alone = threading.RLock()
         warnings.filterwarnings("ignore", module=r"PIL\.")  # what matters ends up in `detail`
         os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # or its import asks the network
-        from img2dataset import resizer
-
+        resizer = _resizer()
         # It would send the whole process's stdout and stderr to /dev/null during every resize, to
         # hide what OpenCV's decoders print; they are given plain pixels and print nothing.
         resizer.SuppressStdoutStderr = nullcontext
@@ -228,6 +229,20 @@ class _Cv2:
 
         handed = getattr(_HANDED, "pixels", None)
         return cv2.imdecode(data, flags) if handed is None else handed
+
+
+@lru_cache(maxsize=1)
+def _resizer() -> Any:
+    """img2dataset's module `resizer` without its package, which imports the whole command line with
+    torch, pandas and wandb: seconds, and 200 MiB of every download worker's memory."""
+    package = importlib.util.find_spec("img2dataset")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / "resizer.py"
+    spec = importlib.util.spec_from_file_location("img2dataset_resizer", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 class _Transforms(threading.local):

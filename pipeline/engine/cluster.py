@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.config import EngineConfig
 from pipeline.engine.board import Board
 from pipeline.engine.placement import Node
-from stages.errors import ConfigError, RunError
+from stages.errors import CapfiltError, ConfigError, RunError
 
 _GIB = 1 << 30
 _CONNECT_SECONDS = 5.0
@@ -127,7 +127,9 @@ def _init(config: EngineConfig) -> None:
             include_dashboard=False,
             **common,
         )
-    except (RayError, OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises plain ones, as where a raylet takes too long to start
+        if isinstance(error, CapfiltError):
+            raise
         if address:
             raise _unusable(address, _line(error)) from error
         raise RunError(f"cannot start a local Ray: {_line(error)}") from error

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from stages.errors import CheckpointError
 from stages.models.config import TextConfig, VisionConfig
 from stages.models.preprocessing import Preprocessing
 from stages.models.text import load_tokenizer
+from stages.models.vision import shapes_only
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -133,8 +133,7 @@ class ModelFolder:
         ``ignored``: starts of names that may be there and are not needed. ``tied``: tensors that
         take precedence over the file's. A missing, unexpected or misshapen tensor is refused.
         """
-        # Built without memory: no time goes into random weights, and no global generator advances.
-        with torch.device("meta"):
+        with shapes_only():
             module = build()
         return self.fill(module, prefix, ignored=ignored, tied=tied)
 

@@ -41,6 +41,7 @@ from stages.models.config import MedConfig, TextConfig, VisionConfig
 from stages.models.folders import check_tensors, one_line
 from stages.models.med import NO_IMAGE_ID, Med
 from stages.models.text import fitted_to, load_tokenizer
+from stages.models.vision import shapes_only
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -308,7 +309,7 @@ def _state(
     tensors: Mapping[str, Tensor], source: str, config: MedConfig, kinds: Mapping[str, FolderKind]
 ) -> dict[str, Tensor]:
     """The tensors that ``kinds`` hold, under our names, every one there and of the right shape."""
-    with torch.device("meta"):
+    with shapes_only():
         whole = Med(config).state_dict()
     parts = {part for kind in kinds.values() for part in kind.parts}
     # A file out of which copies or queues were taken still is a MED to train on, from equal copies.

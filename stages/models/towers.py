@@ -23,6 +23,7 @@ from stages.models.config import TextConfig, VisionConfig
 from stages.models.folders import ModelFolder, check_tensors, one_line
 from stages.models.med import Med
 from stages.models.text import load_tokenizer
+from stages.models.vision import shapes_only
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -107,7 +108,7 @@ def vision_start(source: str | Path, config: VisionConfig) -> dict[str, Tensor]:
         mlp_width=theirs.intermediate_size,
     )
     tensors = _tensors(folder, "embeddings.cls_token", ("", "vit.", "deit."))
-    with torch.device("meta"):
+    with shapes_only():
         wanted = VisionTransformer(config).state_dict()
     found = {name: _of_vit(folder, tensors, name) for name in wanted}
     positions = found[_POSITIONS]
@@ -148,7 +149,7 @@ def text_start(source: str | Path, config: TextConfig, tokenizer: BertTokenizer)
     )
     _require_tokenizer(folder, theirs.vocab_size, tokenizer)
     config = config.model_copy(update={"vocab_size": theirs.vocab_size})
-    with torch.device("meta"):
+    with shapes_only():
         stack = TextStack(config)
         head = LMHead(config, stack.embeddings.word_embeddings).state_dict()
     tensors = _tensors(folder, _WORDS, ("", "bert."))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from stages.models.config import VisionConfig
@@ -36,6 +39,29 @@ def initialise(module: nn.Module, std: float) -> None:
         if isinstance(part, nn.Embedding) and part.padding_idx is not None:
             with torch.no_grad():
                 part.weight[part.padding_idx].zero_()
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules made inside have shapes and no weights: no memory or time goes into random numbers,
+    and no global generator advances."""
+    with torch.device("meta"), _NotNormal():
+        yield
+
+
+class _NotNormal(TorchFunctionMode):
+    """Leaves out `nn.init.normal_`, for which torch imports its whole compiler on the meta device:
+    two seconds, and 100 MiB of every worker's memory."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = kwargs or {}
+        return named["tensor"] if func is nn.init.normal_ else func(*args, **named)
 
 
 class _PatchEmbeddings(nn.Module):

@@ -16,7 +16,7 @@ import ray
 from pipeline.config import EngineConfig
 from pipeline.engine import cluster
 from pipeline.engine.cluster import connected, look
-from stages.errors import ConfigError
+from stages.errors import ConfigError, RunError
 from tests.s3 import use_endpoint
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +89,18 @@ def test_no_gpu_on_this_machine(tmp_path):
 def test_a_local_ray_does_not_grow(tmp_path):
     line = refused(tmp_path, "engine.grows_to={CPU: 8, GPU: 8}", command="schedule")
     assert "engine.grows_to: a local Ray does not grow" in line and "engine.grows_to=null" in line
+
+
+def test_a_local_ray_that_takes_too_long_to_start(tmp_path, monkeypatch):
+    def late(*_, **__):
+        raise Exception("The current node timed out during startup.\nThis could happen")
+
+    monkeypatch.setattr(ray, "init", late)  # half a minute by Ray's own clock, which is fixed
+    with (
+        pytest.raises(RunError, match=r"^cannot start a local Ray: .*startup\. This could happen$"),
+        connected(EngineConfig(cpus=1), tmp_path / "ray.log"),
+    ):
+        pass
 
 
 def test_something_else_listens_at_the_address():
