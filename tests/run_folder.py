@@ -49,6 +49,25 @@ _HUMAN = [("boat", "a boat on a lake"), ("hill", "a green hill")]
 _SCORES = {"a cat": 0.9, HOSTILE: 0.8, "a tree": 0.7, "buy now": 0.1}
 
 
+def publish_files(store: Store, paths: Sequence[str]) -> Record:
+    """Files of a few bytes, and the record that names them, as of an `assemble` of round 0."""
+    for path in paths:
+        store.write_bytes(path, b"bytes")
+    record = Record(
+        stage="assemble",
+        stage_version=1,
+        round=0,
+        shard="all",
+        fingerprint="00",
+        payloads=tuple(Payload(path=path, bytes=5, sha256="00") for path in paths),
+        code_version="test",
+        started=0,
+        finished=0,
+    )
+    store.publish(record)
+    return record
+
+
 class _Run:
     """Publishes records, one second of work each."""
 

@@ -17,10 +17,10 @@ from pipeline.engine import train
 from pipeline.engine.cluster import connected
 from pipeline.engine.dataset import publish_folder
 from pipeline.engine.train import run_training
-from pipeline.records import Payload, Record
 from pipeline.store import Store
 from stages.base import Context, DatasetStage
 from stages.errors import TrainingError
+from tests.run_folder import publish_files
 from tests.s3 import s3_bucket
 
 CONFIG = EngineConfig(cpus=2)
@@ -103,26 +103,6 @@ def task_of(
     return DatasetTask(kind(marks, fate), 0, "0" * 16, "round=00/models", dict(inputs or {}))
 
 
-def publish_images(store: Store) -> Record:
-    """A record of a tar and of a table, as `assemble` publishes them."""
-    paths = ("dataset/0.tar", "dataset/index.parquet")
-    for path in paths:
-        store.write_bytes(path, b"bytes")
-    record = Record(
-        stage="assemble",
-        stage_version=1,
-        round=0,
-        shard="all",
-        fingerprint="00",
-        payloads=tuple(Payload(path=path, bytes=5, sha256="00") for path in paths),
-        code_version="test",
-        started=0,
-        finished=0,
-    )
-    store.publish(record)
-    return record
-
-
 def test_an_error_that_would_come_again_is_told_once(tmp_path: Path, board) -> None:
     store = Store(str(tmp_path / "run"))
     before = task_of(tmp_path / "before", "works", Second)
@@ -138,7 +118,8 @@ def test_a_worker_that_dies_is_started_again_and_trains_only_what_is_not_publish
     tmp_path: Path, bucket: str, board
 ) -> None:
     store = Store(f"{bucket}/run")
-    reads = {"train": Published((publish_images(store).name,), "*")}
+    record = publish_files(store, ("dataset/0.tar", "dataset/index.parquet"))
+    reads = {"train": Published((record.name,), "*")}
     tasks = [
         task_of(tmp_path / "1", "works", Reads, reads),
         task_of(tmp_path / "2", "dies", Second, reads),

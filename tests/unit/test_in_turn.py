@@ -9,9 +9,9 @@ import pytest
 from pipeline.dag import DatasetTask, Published
 from pipeline.engine.dataset import drop_images, open_input
 from pipeline.in_turn import InTurn
-from pipeline.records import Payload, Record
 from pipeline.store import Store
 from stages.select import SelectConfig, SelectStage
+from tests.run_folder import publish_files
 
 
 def filled(url: str) -> tuple[Store, list[str]]:
@@ -46,21 +46,7 @@ def test_tars_are_given_back_after_training_and_tables_stay(
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     store, names = filled("memory://given-back")
-    store.write_bytes("dataset/index.parquet", b"PAR1")
-    record = Record(
-        stage="assemble",
-        stage_version=1,
-        round=0,
-        shard="all",
-        fingerprint="00",
-        payloads=tuple(
-            Payload(path=path, bytes=1, sha256="00") for path in (*names, "dataset/index.parquet")
-        ),
-        code_version="test",
-        started=0,
-        finished=0,
-    )
-    store.publish(record)
+    record = publish_files(store, (*names, "dataset/index.parquet"))
     published = Published((record.name,), "*")
     task = DatasetTask(
         stage=SelectStage(SelectConfig(), ()),
