@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,12 @@ _ENVIRONMENT = {
     # from the stages beside them; sleeping at once doubled the time of a small training step.
     "GOMP_SPINCOUNT": "10000",
     "NO_ALBUMENTATIONS_UPDATE": "1",
+}
+_LOCAL_ENVIRONMENT = {
+    # The only node is not taken away with a warning; the watcher would be one more process that
+    # imports Ray Train while the training worker wants to.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # how long the end of a fit may go unnoticed
 }
 
 
@@ -120,6 +126,7 @@ def _init(config: EngineConfig) -> None:
             _check_listens(address)
             ray.init(address=address, **common)
             return
+        _set_defaults(_LOCAL_ENVIRONMENT)
         ray.init(
             address="local",
             num_cpus=config.cpus,
@@ -233,8 +240,7 @@ def _unusable(address: str, why: str) -> ConfigError:
 
 def _quieten(log_file: Path) -> None:
     """Send what Ray's libraries log in the driver to a file; set what local workers inherit."""
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    _set_defaults(_ENVIRONMENT)
     # Both ways to bound an actor's restarts warn that a third may come.
     warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -244,6 +250,11 @@ def _quieten(log_file: Path) -> None:
         logger = logging.getLogger(name)
         logger.handlers = [handler]
         logger.propagate = False
+
+
+def _set_defaults(environment: Mapping[str, str]) -> None:
+    for name, value in environment.items():
+        os.environ.setdefault(name, value)
 
 
 def _line(error: Exception) -> str:
