@@ -1,4 +1,4 @@
-"""The download stage against img2dataset called directly, and ingest's memory.
+"""The download stage against img2dataset called directly, with memory, and ingest's memory.
 
     python -m tests.bench.download [--json FILE] [--images 3000] [--rows 10000 1000000]
 
@@ -20,8 +20,11 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -264,6 +267,47 @@ def ingest_memory(rows: int) -> int:
     return int(done.stdout) * 1024
 
 
+def worker_memory(side: str, count: int, hosts: Mapping[str, str]) -> int:
+    """Peak bytes of the process that downloads ``count`` images for ``ours`` or ``img2dataset``."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    worker = context.Process(target=_download_alone, args=(there, side, count, hosts))
+    worker.start()
+    peak: int = here.recv()
+    worker.join()
+    return peak
+
+
+def _download_alone(pipe: Connection, side: str, count: int, hosts: Mapping[str, str]) -> None:
+    rows = images(count)
+    if side == "ours":
+        ours(rows, hosts)
+        pipe.send(_peak(os.getpid()))
+        return
+    ended, peaks = threading.Event(), [0]
+
+    def watch() -> None:  # it downloads in a process of its own, which ends before it returns
+        while not ended.wait(0.05):
+            peaks.extend(_peak(child.pid or 0) for child in multiprocessing.active_children())
+
+    watching = threading.Thread(target=watch)
+    watching.start()
+    with tempfile.TemporaryDirectory() as folder:
+        img2dataset(rows, hosts, Path(folder))
+    ended.set()
+    watching.join()
+    pipe.send(max(peaks))
+
+
+def _peak(process: int) -> int:
+    """Peak bytes of a process so far; 0 where it has ended."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def raced(
     count: int, rounds: int, hosts: Mapping[str, str]
 ) -> tuple[list[float], list[float], int]:
@@ -295,6 +339,7 @@ def run(
             rules = {"min_image_size": 8, "respect_robots": True, "respect_tdmrep": True}
             wrong += ours(mixed(faulty, slow), hosts, **limits, **rules)[2]
         wrong += ours(passing(faulty // 20), hosts, retries=1, backoff=0.01)[2]
+        memory, others = (worker_memory(side, count, hosts) for side in ("ours", "img2dataset"))
     finally:
         pipe.send("end")
         server.join()
@@ -302,6 +347,7 @@ def run(
     results = [
         _result("images a second", median(mine), "images/s", "img2dataset", median(ratios))
         | {"values": mine, "others": theirs, "least": min(ratios), "most": max(ratios)},
+        _result("peak memory of a worker", memory / 2**20, "MiB", "img2dataset", memory / others),
         _result("rows with another status or code than the server's", wrong, "rows", "truth", None),
     ]
     peaks = [ingest_memory(number) for number in rows]

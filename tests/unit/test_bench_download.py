@@ -12,5 +12,7 @@ def test_a_small_run() -> None:
     raced = results["images a second"]
     assert [raced["value"]] == raced["values"]
     assert 0 < raced["least"] == raced["ratio"] == raced["most"]
+    memory = results["peak memory of a worker"]
+    assert memory["value"] > 50 and memory["value"] / memory["ratio"] > 50  # MiB
     assert results["rows with another status or code than the server's"]["value"] == 0
     assert results["ingest of 200 rows, peak memory"]["value"] > 10
