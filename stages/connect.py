@@ -1,7 +1,8 @@
 """Connections that reach only where they may: checked addresses, and waits that end.
 
 An address is resolved once, judged, and that very address is connected to, so that a name server
-which changes its answer in between gains nothing.
+which changes its answer in between gains nothing. A connection whose response has been read to
+its end serves the next request to its host, without another look-up or TLS handshake.
 """
 
 from __future__ import annotations
@@ -10,16 +11,21 @@ import http.client
 import io
 import ipaddress
 import re
+import select
 import socket
 import ssl
+import threading
 import time
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from urllib.parse import quote, urlsplit
 
 _BUFFER = 1 << 16
+_IDLE_SECONDS = 4.0
+"""How long a connection is kept for another request: shorter than servers keep it."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 _SAFE_IN_URL = "%/:=&?~+!$,;'@()*[]"
 # Reached from inside Azure although the address is public.
@@ -128,9 +134,38 @@ class Connector:
         self._tls = ssl.create_default_context()
         # getaddrinfo knows no time-out: it runs where its caller can stop waiting for it.
         self._resolver = ThreadPoolExecutor(threads, thread_name_prefix="resolve")
+        self._most_idle = threads
+        self._idle: deque[_Idle] = deque()  # the last one used at the end
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         self._resolver.shutdown(wait=False, cancel_futures=True)
+        while self._idle:
+            self._idle.popleft().sock.close()
+
+    def take(self, target: Target, deadline: float) -> TimedSocket | None:
+        """A connection to the same host that was given to `keep` and looks usable, if any."""
+        with self._lock:
+            stale = time.monotonic() - _IDLE_SECONDS
+            while self._idle and self._idle[0].since < stale:
+                self._idle.popleft().sock.close()
+            for idle in reversed(self._idle):
+                if idle.server == target[:3]:
+                    self._idle.remove(idle)
+                    break
+            else:
+                return None
+        if _has_word(idle.sock):
+            idle.sock.close()
+            return None
+        return TimedSocket(idle.sock, deadline, self._timeout)
+
+    def keep(self, target: Target, sock: socket.socket) -> None:
+        """Nothing is to come on this connection but the answer to another request."""
+        with self._lock:
+            self._idle.append(_Idle(target[:3], sock, time.monotonic()))
+            if len(self._idle) > self._most_idle:
+                self._idle.popleft().sock.close()
 
     def open(self, target: Target, deadline: float) -> TimedSocket:
         """A connection to ``target``, unusable after ``deadline`` (of `time.monotonic`). Of several
@@ -197,6 +232,19 @@ class Connector:
         return _found(found)
 
 
+class _Idle(NamedTuple):
+    server: tuple[str, str, int]
+    sock: socket.socket
+    since: float
+
+
+def _has_word(sock: socket.socket) -> bool:
+    """Whether something has come that nobody asked for: the end of the connection, mostly."""
+    poll = select.poll()
+    poll.register(sock, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def _found(answers: Iterable[tuple[Any, ...]]) -> list[tuple[int, Any]]:
     return [(family, address) for family, _, _, _, address in answers]
 
@@ -206,17 +254,17 @@ class TimedSocket:
     together by ``deadline``, however slowly bytes drip in."""
 
     def __init__(self, sock: socket.socket, deadline: float, timeout: float) -> None:
-        self._sock = sock
+        self.sock = sock
         self._deadline = deadline
         self._timeout = timeout
 
     def sendall(self, data: bytes) -> None:
-        self._sock.settimeout(_left(self._deadline, self._timeout))
-        self._sock.sendall(data)
+        self.sock.settimeout(_left(self._deadline, self._timeout))
+        self.sock.sendall(data)
 
     def receive_into(self, buffer: memoryview) -> int:
-        self._sock.settimeout(_left(self._deadline, self._timeout))
-        return self._sock.recv_into(buffer)
+        self.sock.settimeout(_left(self._deadline, self._timeout))
+        return self.sock.recv_into(buffer)
 
     def makefile(self, mode: str) -> io.BufferedReader:
         return io.BufferedReader(_Reader(self), _BUFFER)
@@ -225,7 +273,7 @@ class TimedSocket:
         """http.client closes its socket before it reads the last body: `shut` really closes."""
 
     def shut(self) -> None:
-        self._sock.close()
+        self.sock.close()
 
 
 class _Reader(io.RawIOBase):
@@ -237,6 +285,61 @@ class _Reader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         return self._sock.receive_into(buffer)
+
+
+class Exchange:
+    """One request and its response, over a connection of `Connector`, which gets it back where the
+    response was read to its end and the host lets it stand."""
+
+    def __init__(self, connector: Connector, target: Target, deadline: float) -> None:
+        self._connector, self._target, self._deadline = connector, target, deadline
+        self._connection: TimedSocket | None = None
+        self._response: http.client.HTTPResponse | None = None
+
+    def __enter__(self) -> Exchange:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._connection is None:
+            return
+        response = self._response
+        whole = kind is None and response is not None and response.isclosed()
+        if whole and response is not None and not response.will_close:
+            self._connector.keep(self._target, self._connection.sock)
+        else:
+            self._connection.shut()
+
+    def get(self, agent: str) -> http.client.HTTPResponse:
+        """The response, its body not read yet.
+
+        Raises:
+            FetchError: as `Connector.open`.
+            OSError, http.client.HTTPException: `translated` names them.
+        """
+        self._connection = self._connector.take(self._target, self._deadline)
+        if self._connection is not None:
+            try:
+                return self._ask(self._connection, agent)
+            except (ConnectionError, http.client.BadStatusLine, ssl.SSLError):
+                self._connection.shut()  # it had ended, or something else was still to come
+        self._connection = self._connector.open(self._target, self._deadline)
+        return self._ask(self._connection, agent)
+
+    def _ask(self, sock: TimedSocket, agent: str) -> http.client.HTTPResponse:
+        target = self._target
+        connection = http.client.HTTPConnection(target.host, target.port)
+        connection.sock = cast(socket.socket, sock)
+        host = f"[{target.host}]" if ":" in target.host else target.host
+        default = 443 if target.scheme == "https" else 80
+        headers = {
+            "Host": host if target.port == default else f"{host}:{target.port}",
+            "User-Agent": agent,
+            "Accept": "image/*,*/*;q=0.8",
+            "Accept-Encoding": "identity",
+        }
+        connection.request("GET", target.path, headers=headers)
+        self._response = connection.getresponse()
+        return self._response
 
 
 @contextmanager

@@ -10,7 +10,6 @@ from __future__ import annotations
 import http.client
 import math
 import re
-import socket
 import threading
 import time
 import zlib
@@ -19,13 +18,21 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from importlib import metadata
-from typing import NamedTuple, cast
+from typing import NamedTuple
 from urllib.parse import urljoin
 
 from pydantic import Field, field_validator
 
 from stages.base import Config, operational
-from stages.connect import Connector, FetchError, Target, TimedSocket, parse_url, translated, words
+from stages.connect import (
+    Connector,
+    Exchange,
+    FetchError,
+    Target,
+    parse_url,
+    translated,
+    words,
+)
 from stages.optout import OPT_OUT_DIRECTIVES, SiteRules, header_objection
 
 _CHUNK = 1 << 16
@@ -189,8 +196,8 @@ class Fetcher:
         for redirects in range(hop.redirects + 1, self._config.max_redirects + 2):
             if limit is None and (objection := self._rules.objection(url, deadline)) is not None:
                 raise FetchError("opted_out", objection)
-            with translated(), _Exchange(self._connector.open(target, deadline)) as exchange:
-                response = exchange.get(target, self._agent)
+            with translated(), Exchange(self._connector, target, deadline) as exchange:
+                response = exchange.get(self._agent)
                 location = self._judge(response, headers_count=limit is None)
                 if location is None:
                     return self._body(response, deadline, limit)
@@ -283,34 +290,6 @@ class _Budget:
         with self._changed:
             self._left += size
             self._changed.notify_all()
-
-
-class _Exchange:
-    """One request and its response over one connection."""
-
-    def __init__(self, sock: TimedSocket) -> None:
-        self._sock = sock
-
-    def __enter__(self) -> _Exchange:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.shut()
-
-    def get(self, target: Target, agent: str) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection(target.host, target.port)
-        connection.sock = cast(socket.socket, self._sock)
-        host = f"[{target.host}]" if ":" in target.host else target.host
-        default = 443 if target.scheme == "https" else 80
-        headers = {
-            "Host": host if target.port == default else f"{host}:{target.port}",
-            "User-Agent": agent,
-            "Accept": "image/*,*/*;q=0.8",
-            "Accept-Encoding": "identity",
-            "Connection": "close",
-        }
-        connection.request("GET", target.path, headers=headers)
-        return connection.getresponse()
 
 
 def _redirected(url: str, location: str) -> tuple[str, Target]:

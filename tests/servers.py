@@ -21,6 +21,8 @@ from __future__ import annotations
 import gzip
 import io
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections import Counter
@@ -28,11 +30,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 from urllib.parse import unquote
 
 import numpy as np
+import pytest
 from PIL import Image
 
 HTML = b"<!doctype html><html><body>Sign in to see this picture.</body></html>"
@@ -71,6 +75,18 @@ class Page:
     body: bytes
     status: int = 200
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def certified(host: str, folder: Path) -> tuple[ssl.SSLContext, Path]:
+    """What a TLS server called ``host`` needs, and the certificate that it signed by itself."""
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={host}"]
+    command += ["-addext", f"subjectAltName=DNS:{host}", "-keyout", str(key)]
+    if subprocess.run([*command, "-out", certificate], capture_output=True, check=False).returncode:
+        pytest.skip("openssl cannot make a certificate here")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    return context, certificate
 
 
 class WebServer:
@@ -154,8 +170,9 @@ class _Handler(BaseHTTPRequestHandler):
     def log_message(self, *_: object) -> None: ...
 
     def do_GET(self) -> None:
-        self.close_connection = True
         path = unquote(self.path)
+        if path not in self.web.pages:
+            self.close_connection = True
         self.web.hits[path] += 1
         self.web.agents.add(self.headers.get("User-Agent", ""))
         self.web.times.setdefault(path, []).append(time.monotonic())

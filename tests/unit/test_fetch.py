@@ -1,7 +1,6 @@
 """Fetching from a server that does everything wrong."""
 
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 
 from stages.crawl import Crawler
 from stages.fetch import FetchConfig, Fetched, Fetcher, Hop
-from tests.servers import WebServer, gzip_bomb, known_locally, picture
+from tests.servers import WebServer, certified, gzip_bomb, known_locally, picture
 
 Fetch = Callable[..., Fetched]
 
@@ -193,15 +192,7 @@ def test_the_user_agent_is_honest(fetch: Fetch, web: WebServer) -> None:
 
 
 def test_a_certificate_that_nobody_signed_is_tls(fetch: Fetch, tmp_path: Path) -> None:
-    key, cert = tmp_path / "key.pem", tmp_path / "cert.pem"
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=web.test"]
-    made = subprocess.run(
-        [*command, "-keyout", key, "-out", cert], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip("openssl cannot make a certificate here")
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(cert, key)
+    context, _ = certified("web.test", tmp_path)
     with WebServer() as secure:
         secure._server.socket = context.wrap_socket(secure._server.socket, server_side=True)
         fetched = fetch("https://web.test/good.jpg", connect_to=secure.connect_to)
