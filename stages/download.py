@@ -88,7 +88,7 @@ class DownloadStage(ShardStage):
     """
 
     name = "download"
-    version = 6
+    version = 7
     input_schema = SOURCES
     output_schema = DOWNLOAD
 

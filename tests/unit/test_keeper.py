@@ -1,4 +1,4 @@
-"""Colours of kept images: whatever the file's ICC profile says, in sRGB."""
+"""Colours of kept images: whatever the file's ICC profile says, in sRGB. And their hash."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ import struct
 from itertools import product
 from typing import Any
 
+import imagehash
 import numpy as np
 from PIL import Image
 
-from stages.keeper import ImageConfig, ImageKeeper
+from stages.keeper import ImageConfig, ImageKeeper, perceptual_hash
 from tests.unit.test_hostile import swapped_profile
 
 _D50 = struct.pack(">3i", 63190, 65536, 54061)  # the white of all profiles, as XYZ
@@ -91,3 +92,19 @@ def test_grey_is_converted_by_its_profile_and_no_other_speaks_of_it() -> None:
     assert pixels[2].tolist() == [200, 10, 10]
     assert again.pixel_sha256 == bright.pixel_sha256
     assert other.pixel_sha256 == plain.pixel_sha256
+
+
+def test_the_perceptual_hash_is_that_of_imagehash() -> None:
+    """But for how the grey pixels are made, which only large pictures show."""
+    for seed in range(40):
+        made = np.random.default_rng(seed).integers(0, 256, (7, 9, 3), np.uint8)
+        small = Image.fromarray(made).resize((64, 64), Image.Resampling.BICUBIC)
+        assert perceptual_hash(small) == str(imagehash.phash(small, hash_size=16))
+
+
+def test_rounding_says_nothing_of_a_symmetric_picture() -> None:
+    bars = np.zeros((64, 64, 3), np.uint8)
+    bars[:, 16:48] = 255
+    # Only even frequencies across, and none down: the others are exactly zero, like the median.
+    ones = f"{int(perceptual_hash(Image.fromarray(bars)), 16):0256b}"
+    assert set(ones[16:]) == {"0"} and set(ones[1:16:2]) == {"0"} and "1" in ones[:16]
