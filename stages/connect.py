@@ -140,8 +140,9 @@ class Connector:
 
     def close(self) -> None:
         self._resolver.shutdown(wait=False, cancel_futures=True)
-        while self._idle:
-            self._idle.popleft().sock.close()
+        with self._lock:
+            while self._idle:
+                self._idle.popleft().sock.close()
 
     def take(self, target: Target, deadline: float) -> TimedSocket | None:
         """A connection to the same host that was given to `keep` and looks usable, if any."""
