@@ -20,12 +20,12 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlsplit
 
 _BUFFER = 1 << 16
 _IDLE_SECONDS = 4.0
-"""How long a connection is kept for another request: shorter than servers keep it."""
+"""How old an unused connection may be to serve another request; most servers close later."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+")
 _SAFE_IN_URL = "%/:=&?~+!$,;'@()*[]"
 # Reached from inside Azure although the address is public.
@@ -140,26 +140,32 @@ class Connector:
 
     def close(self) -> None:
         self._resolver.shutdown(wait=False, cancel_futures=True)
+        self._most_idle = 0  # threads that still wait for a server keep nothing any more
+        self.rest()
+
+    def rest(self) -> None:
+        """End the connections that nobody uses."""
         with self._lock:
             while self._idle:
                 self._idle.popleft().sock.close()
 
     def take(self, target: Target, deadline: float) -> TimedSocket | None:
         """A connection to the same host that was given to `keep` and looks usable, if any."""
+        while (sock := self._taken(target[:3])) is not None:
+            if not _has_word(sock):
+                return TimedSocket(sock, deadline, self._timeout)
+            sock.close()
+        return None
+
+    def _taken(self, server: tuple[str, str, int]) -> socket.socket | None:
         with self._lock:
             stale = time.monotonic() - _IDLE_SECONDS
             while self._idle and self._idle[0].since < stale:
                 self._idle.popleft().sock.close()
-            for idle in reversed(self._idle):
-                if idle.server == target[:3]:
-                    self._idle.remove(idle)
-                    break
-            else:
-                return None
-        if _has_word(idle.sock):
-            idle.sock.close()
-            return None
-        return TimedSocket(idle.sock, deadline, self._timeout)
+            idle = next((one for one in reversed(self._idle) if one.server == server), None)
+            if idle is not None:
+                self._idle.remove(idle)
+        return idle.sock if idle is not None else None
 
     def keep(self, target: Target, sock: socket.socket) -> None:
         """Nothing is to come on this connection but the answer to another request."""
@@ -241,6 +247,8 @@ class _Idle(NamedTuple):
 
 def _has_word(sock: socket.socket) -> bool:
     """Whether something has come that nobody asked for: the end of the connection, mostly."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
     poll = select.poll()
     poll.register(sock, select.POLLIN)
     return bool(poll.poll(0))
@@ -258,6 +266,12 @@ class TimedSocket:
         self.sock = sock
         self._deadline = deadline
         self._timeout = timeout
+        self._streams: list[_Stream] = []
+
+    @property
+    def surplus(self) -> bool:
+        """Whether more has been received than was read."""
+        return any(stream.surplus for stream in self._streams)
 
     def sendall(self, data: bytes) -> None:
         self.sock.settimeout(_left(self._deadline, self._timeout))
@@ -268,7 +282,8 @@ class TimedSocket:
         return self.sock.recv_into(buffer)
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        return io.BufferedReader(_Reader(self), _BUFFER)
+        self._streams.append(_Stream(_Reader(self), _BUFFER))
+        return self._streams[-1]
 
     def close(self) -> None:
         """http.client closes its socket before it reads the last body: `shut` really closes."""
@@ -280,67 +295,35 @@ class TimedSocket:
 class _Reader(io.RawIOBase):
     def __init__(self, sock: TimedSocket) -> None:
         self._sock = sock
+        self.ended = False
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: Any) -> int:
-        return self._sock.receive_into(buffer)
+    def readinto(self, buffer: Any) -> int | None:
+        return None if self.ended else self._sock.receive_into(buffer)
 
 
-class Exchange:
-    """One request and its response, over a connection of `Connector`, which gets it back where the
-    response was read to its end and the host lets it stand."""
+class _Stream(io.BufferedReader):
+    """What http.client reads a response from, and closes at its end."""
 
-    def __init__(self, connector: Connector, target: Target, deadline: float) -> None:
-        self._connector, self._target, self._deadline = connector, target, deadline
-        self._connection: TimedSocket | None = None
-        self._response: http.client.HTTPResponse | None = None
+    surplus = False
 
-    def __enter__(self) -> Exchange:
-        return self
+    def __init__(self, reader: _Reader, size: int) -> None:
+        super().__init__(reader, size)
+        self._reader = reader
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._connection is None:
-            return
-        response = self._response
-        whole = kind is None and response is not None and response.isclosed()
-        if whole and response is not None and not response.will_close:
-            self._connector.keep(self._target, self._connection.sock)
-        else:
-            self._connection.shut()
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Of a stated size: without one, as for a chunk of size -1, it would have no bound."""
+        if size is None or size < 0:
+            raise http.client.HTTPException("a chunk of negative size")
+        return super().read(size)
 
-    def get(self, agent: str) -> http.client.HTTPResponse:
-        """The response, its body not read yet.
-
-        Raises:
-            FetchError: as `Connector.open`.
-            OSError, http.client.HTTPException: `translated` names them.
-        """
-        self._connection = self._connector.take(self._target, self._deadline)
-        if self._connection is not None:
-            try:
-                return self._ask(self._connection, agent)
-            except (ConnectionError, http.client.BadStatusLine, ssl.SSLError):
-                self._connection.shut()  # it had ended, or something else was still to come
-        self._connection = self._connector.open(self._target, self._deadline)
-        return self._ask(self._connection, agent)
-
-    def _ask(self, sock: TimedSocket, agent: str) -> http.client.HTTPResponse:
-        target = self._target
-        connection = http.client.HTTPConnection(target.host, target.port)
-        connection.sock = cast(socket.socket, sock)
-        host = f"[{target.host}]" if ":" in target.host else target.host
-        default = 443 if target.scheme == "https" else 80
-        headers = {
-            "Host": host if target.port == default else f"{host}:{target.port}",
-            "User-Agent": agent,
-            "Accept": "image/*,*/*;q=0.8",
-            "Accept-Encoding": "identity",
-        }
-        connection.request("GET", target.path, headers=headers)
-        self._response = connection.getresponse()
-        return self._response
+    def close(self) -> None:
+        if not self.closed:
+            self._reader.ended = True  # so that nothing is waited for
+            self.surplus = bool(self.peek(1))
+        super().close()
 
 
 @contextmanager

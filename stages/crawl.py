@@ -132,6 +132,7 @@ class _Shard:
             pool.shutdown(wait=False, cancel_futures=True)
             for future in self._running:
                 future.add_done_callback(self._abandoned)
+            self._fetcher.rest()
             last = {name: self._claim(host)._replace(left=0) for name, host in self._open()}
             self._ask(last, False)
         seconds = self._config.shard_timeout

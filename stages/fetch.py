@@ -24,15 +24,8 @@ from urllib.parse import urljoin
 from pydantic import Field, field_validator
 
 from stages.base import Config, operational
-from stages.connect import (
-    Connector,
-    Exchange,
-    FetchError,
-    Target,
-    parse_url,
-    translated,
-    words,
-)
+from stages.connect import Connector, FetchError, Target, parse_url, translated, words
+from stages.exchange import Exchange
 from stages.optout import OPT_OUT_DIRECTIVES, SiteRules, header_objection
 
 _CHUNK = 1 << 16
@@ -184,6 +177,10 @@ class Fetcher:
         """The caller is done with the body."""
         if fetched.held:
             self._memory.give_back(fetched.held)
+
+    def rest(self) -> None:
+        """No more URLs for now: end the connections that nobody uses."""
+        self._connector.rest()
 
     def close(self) -> None:
         self._connector.close()

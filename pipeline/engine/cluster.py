@@ -134,9 +134,9 @@ def _init(config: EngineConfig) -> None:
             include_dashboard=False,
             **common,
         )
+    except CapfiltError:
+        raise
     except Exception as error:  # Ray raises plain ones, as where a raylet takes too long to start
-        if isinstance(error, CapfiltError):
-            raise
         if address:
             raise _unusable(address, _line(error)) from error
         raise RunError(f"cannot start a local Ray: {_line(error)}") from error

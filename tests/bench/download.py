@@ -273,6 +273,7 @@ def worker_memory(side: str, count: int, hosts: Mapping[str, str]) -> int:
     here, there = context.Pipe()
     worker = context.Process(target=_download_alone, args=(there, side, count, hosts))
     worker.start()
+    there.close()  # so that a worker that fails ends the waiting
     peak: int = here.recv()
     worker.join()
     return peak
@@ -292,10 +293,12 @@ def _download_alone(pipe: Connection, side: str, count: int, hosts: Mapping[str,
 
     watching = threading.Thread(target=watch)
     watching.start()
-    with tempfile.TemporaryDirectory() as folder:
-        img2dataset(rows, hosts, Path(folder))
-    ended.set()
-    watching.join()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            img2dataset(rows, hosts, Path(folder))
+    finally:
+        ended.set()
+        watching.join()
     pipe.send(max(peaks))
 
 

@@ -1,5 +1,6 @@
 """Fetching from a server that does everything wrong."""
 
+import shutil
 import socket
 import subprocess
 import sys
@@ -191,6 +192,7 @@ def test_the_user_agent_is_honest(fetch: Fetch, web: WebServer) -> None:
     assert "Mozilla" not in agent
 
 
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="there is no openssl")
 def test_a_certificate_that_nobody_signed_is_tls(fetch: Fetch, tmp_path: Path) -> None:
     context, _ = certified("web.test", tmp_path)
     with WebServer() as secure:

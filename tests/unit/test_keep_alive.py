@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from stages import connect
+from stages.connect import Target
+from stages.crawl import Crawler
 from stages.fetch import FetchConfig, Fetched, Fetcher, Hop
 from tests.servers import certified
 
@@ -93,25 +96,36 @@ def test_a_connection_is_used_again(script) -> None:
     assert host.asked == [4]
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        ok(b"one", b"Connection: close"),
-        ok(b"one", version=b"1.0"),
-        b"HTTP/1.1 200 OK\r\n\r\none",  # its end is the connection's
-        ok(b"one")[:-1],
-        ok(b"larger than it may be"),
-        b"HTTP/1.1 302 Found\r\nContent-Length: 3\r\nLocation: ftp://x\r\n\r\none",
-        b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\none",
-    ],
-    ids=["close", "1.0", "endless", "cut", "too_large", "redirect", "404"],
-)
+CHUNKED = b"Transfer-Encoding: chunked"
+BAD = {
+    "close": ok(b"one", b"Connection: close"),
+    "close, said late": ok(b"one", b"Connection: keep-alive", b"Connection: close"),
+    "HTTP/1.0": ok(b"one", version=b"1.0"),
+    "two framings": ok(b"3\r\none\r\n0\r\n\r\n", CHUNKED),
+    "two lengths": ok(b"one", b"Content-Length: 4"),
+    "another coding": ok(b"one", b"Transfer-Encoding: gzip, chunked"),
+    "an odd length": b"HTTP/1.1 200 OK\r\nContent-Length: 0_3\r\n\r\none",
+    "more than it said": ok(b"one") + b"HTTP",
+    "too large": ok(b"larger than it may be"),
+    "redirect": b"HTTP/1.1 302 Found\r\nContent-Length: 3\r\nLocation: ftp://x\r\n\r\none",
+    "404": b"HTTP/1.1 404 Not Found\r\nContent-Length: 3\r\n\r\none",
+}
+
+
+@pytest.mark.parametrize("first", BAD.values(), ids=BAD)
 def test_one_that_cannot_be_used_again_is_closed(script, first: bytes) -> None:
-    more = [] if b"Length" not in first or first == ok(b"one")[:-1] else [ok(b"wrong")]
-    host, fetcher = script([first, *more], [ok(b"two")], max_bytes=10)
+    host, fetcher = script([first, ok(b"wrong")], [ok(b"two")], max_bytes=20)
     get(fetcher)
+    assert not fetcher._connector._idle
     assert get(fetcher).body == b"two"
     assert host.asked == [1, 1]
+
+
+@pytest.mark.parametrize("first", [b"HTTP/1.1 200 OK\r\n\r\none", ok(b"one")[:-1]])
+def test_one_that_ended_with_its_body_is_closed(script, first: bytes) -> None:
+    _, fetcher = script([first])
+    get(fetcher)
+    assert not fetcher._connector._idle
 
 
 def test_one_that_the_host_has_closed_costs_no_attempt(script) -> None:
@@ -120,13 +134,19 @@ def test_one_that_the_host_has_closed_costs_no_attempt(script) -> None:
     assert host.asked == [1, 1, 1]
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_what_nobody_asked_for_is_never_an_answer(script, late: bool) -> None:
-    wrong = b"garbage\r\n\r\n"
-    answers = [ok(b"one"), wrong] if late else [ok(b"one") + wrong, ok(b"two")]
-    host, fetcher = script(answers, [ok(b"two")])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        b"garbage\r\n\r\n",
+        b"a" * 70_000,
+        b"HTTP/1.1 408 Request Timeout\r\nContent-Length: 0\r\n\r\n",
+    ],
+    ids=["garbage", "a long line", "408"],
+)
+def test_what_is_no_answer_costs_no_attempt(script, wrong: bytes) -> None:
+    host, fetcher = script([ok(b"one"), wrong], [ok(b"two")])
     assert [get(fetcher).body for _ in range(2)] == [b"one", b"two"]
-    assert host.asked[0] == 2 if late else sum(host.asked) == 2
+    assert host.asked == [2, 1]
 
 
 def test_a_host_that_falls_silent_is_not_asked_once_more(script) -> None:
@@ -158,18 +178,67 @@ def test_no_more_are_kept_than_there_are_threads(script) -> None:
     assert len(fetcher._connector._idle) == 1
 
 
-def test_close_ends_them(script) -> None:
-    _, fetcher = script([ok(b"one"), ok(b"two")])
+def test_close_ends_them_and_those_to_come(script) -> None:
+    host, fetcher = script([ok(b"one"), ok(b"two")], [ok(b"three")])
     get(fetcher)
     (idle,) = fetcher._connector._idle
     fetcher.close()
     assert idle.sock.fileno() == -1
+    late = socket.create_connection(host.address.split(":"))
+    fetcher._connector.keep(Target("http", "web.test", 80, "/"), late)
+    assert late.fileno() == -1
 
 
-def test_tls_is_spoken_over_one_connection(script, tmp_path: Path) -> None:
+def test_none_is_left_after_a_shard(script) -> None:
+    host, _ = script([ok(b"one"), ok(b"two")])
+    crawler = Crawler(FetchConfig(connect_to={"web.test": host.address}, host_connections=1))
+    urls = {str(n): f"http://web.test/{n}.jpg" for n in range(2)}
+    assert {fetched.body for _, fetched in crawler.fetch_all(urls)} == {b"one", b"two"}
+    assert host.asked == [2]
+    assert not crawler._fetcher._connector._idle
+
+
+def test_a_chunk_of_negative_size_is_not_read(script) -> None:
+    head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+    _, fetcher = script([head + b"-1\r\n" + b"a" * 100_000], max_bytes=1000)
+    fetched = get(fetcher)
+    assert (fetched.status, fetched.detail) == (
+        "broken_response",
+        "HTTPException: a chunk of negative size",
+    )
+
+
+@pytest.fixture
+def tls(tmp_path: Path) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Of a server, and of a client that trusts it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl")
+    server, certificate = certified("web.test", tmp_path)
+    return server, ssl.create_default_context(cafile=str(certificate))
+
+
+def test_what_tls_has_decrypted_is_waiting(tls) -> None:
+    server, client = tls
+    here, there = socket.socketpair()
+    ends: list[ssl.SSLSocket] = []  # the server's, open to the end
+
+    def speak() -> None:
+        ends.append(server.wrap_socket(there, server_side=True))
+        ends[0].sendall(b"abcdef")
+
+    speaking = threading.Thread(target=speak)
+    speaking.start()
+    with client.wrap_socket(here, server_hostname="web.test") as sock:
+        speaking.join()
+        assert sock.recv(3) == b"abc"
+        assert connect._has_word(sock)
+        assert sock.recv(3) == b"def"
+        assert not connect._has_word(sock)
+
+
+def test_tls_is_spoken_over_one_connection(script, tls) -> None:
     host, fetcher = script([ok(b"one"), ok(b"two")], [ok(b"three")])
-    host.tls, certificate = certified("web.test", tmp_path)
-    fetcher._connector._tls = ssl.create_default_context(cafile=str(certificate))
+    host.tls, fetcher._connector._tls = tls
     bodies = [fetcher.fetch(Hop("https://web.test/x.jpg")).body for _ in range(2)]
     assert bodies == [b"one", b"two"]
     assert host.asked == [2]
