@@ -54,8 +54,8 @@ class IngestConfig(Config):
 
     # Both apply to new files only: what was cut stays as it is.
     shard_size: int = operational(1000, ge=1)
-    """Rows of a shard, at most. A worker of download takes 0.4 GiB and about three times the
-    shard's kept images: 0.6 GiB for 1,000 of 45 kB, 1.7 GiB for 10,000; up to 0.4 GiB more while it
+    """Rows of a shard, at most. A worker of download takes 0.3 GiB and about three times the
+    shard's kept images: 0.4 GiB for 1,000 of 45 kB, 1.6 GiB for 10,000; up to 0.4 GiB more while it
     decodes a picture of 25 megapixels. For less than 1 GiB keep shards below 4,000 such images."""
     language: bool = operational(True)
     """Identify the language of web texts, for ``select.texts.languages``. It takes about as long as
