@@ -235,7 +235,7 @@ class _Cv2:
 @lru_cache(maxsize=1)
 def _resizer() -> Any:
     """img2dataset's module `resizer` without its package, which imports the whole command line with
-    torch, pandas and wandb: seconds, and 200 MiB of every download worker's memory."""
+    torch, pandas and wandb: four seconds, and 270 MiB of memory in a process without them."""
     package = importlib.util.find_spec("img2dataset")
     assert package is not None and package.submodule_search_locations
     file = Path(package.submodule_search_locations[0]) / "resizer.py"

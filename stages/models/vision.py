@@ -51,7 +51,7 @@ def shapes_only() -> Iterator[None]:
 
 class _NotNormal(TorchFunctionMode):
     """Leaves out `nn.init.normal_`, for which torch imports its whole compiler on the meta device:
-    two seconds, and 100 MiB of every worker's memory."""
+    two seconds, and 70 MiB of every worker's memory."""
 
     def __torch_function__(
         self,
