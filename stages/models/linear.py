@@ -49,8 +49,8 @@ def can_pack(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def gelu_of(layer: nn.Module, states: Tensor) -> Tensor:
-    """gelu(``layer(states)``), in one go where ``layer`` is a `PackedLinear`."""
-    if isinstance(layer, PackedLinear):
+    """gelu(``layer(states)``), in one go where ``layer`` is one of ours."""
+    if isinstance(layer, PackedLinear | Int8Linear):
         return layer(states, "gelu")  # type: ignore[no-any-return]
     return F.gelu(cast(Tensor, layer(states)))
 
@@ -61,11 +61,14 @@ class Int8Linear(nn.Module):
     y = (round(x / a) · round(W / b)ᵀ) · a · b + bias, with a and b the largest magnitude of the
     row over 127 (LLM.int8, Dettmers et al. 2022, section 2.1, vector-wise). The sum of products is
     exact, so a row's result depends neither on the rows beside it nor on the CPU. One without
-    AVX-512 multiplies in float32, which is as exact, and as fast and as large as float32 layers.
+    instructions for such products multiplies in float32, which is as exact, as large as float32
+    layers and a little slower.
     """
 
     scale: Tensor
     bias: Tensor
+    dtype = torch.float32
+    """Of the result."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -77,40 +80,51 @@ class Int8Linear(nn.Module):
         self.register_buffer("scale", scale[:, 0].contiguous())
         self.register_buffer("bias", bias)
 
-    def forward(self, states: Tensor) -> Tensor:
-        """(…, inputs) float32 → (…, outputs) float32."""
+    def forward(self, states: Tensor, activation: str = "none") -> Tensor:
+        """(…, inputs) floats → (…, outputs) `dtype`; ``activation`` "gelu" is the exact one."""
         rows = states.reshape(-1, states.shape[-1])
-        out = rows.new_empty(len(rows), len(self.scale))
+        out = rows.new_empty(len(rows), len(self.scale), dtype=self.dtype)
         for start in range(0, len(rows), _ROWS):
-            part = rows[start : start + _ROWS]
+            part = rows[start : start + _ROWS].float()
             scale = _scale(part)
-            levels = (part / scale).round_()
-            torch.addcmul(
-                self.bias,
-                self.products(levels) * scale,
-                self.scale,
-                out=out[start : start + _ROWS],
-            )
+            sums = self.products((part / scale).round_()).mul_(scale)
+            done = out[start : start + _ROWS]
+            torch.addcmul(self.bias, sums, self.scale, out=done)
+            if activation == "gelu":
+                torch.ops.aten.gelu_(done)
         return out.view(*states.shape[:-1], len(self.scale))
 
 
 def multiplies_int8() -> bool:
-    """Whether this CPU has instructions that make products of 8-bit integers fast."""
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
+    """Whether this CPU multiplies 8-bit integers fast, and never through 16-bit sums that overflow,
+    as AVX-512 alone does."""
+    return torch.cpu._is_vnni_supported()
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 faster than float32."""
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
 
 
 class _IntProducts(nn.Module):
-    """(N, inputs) levels in float32 → their products with the weight's, (N, outputs) int32."""
-
-    weight: Tensor
-    """(inputs, outputs) int8: the transposed view that `torch._int_mm` takes."""
+    """(N, inputs) levels in float32 → their products with the weight's, (N, outputs) float32: sums
+    of integers, rounded once."""
 
     def __init__(self, levels: Tensor) -> None:
         super().__init__()
-        self.register_buffer("weight", levels.to(torch.int8).t())
+        # As `PackedLinear`'s: one layout for many rows and for few.
+        self._packed = torch.ops.onednn.qlinear_prepack(levels.to(torch.int8), None)
+        self._ones, self._zeros = (
+            torch.ones(len(levels)),
+            torch.zeros(len(levels), dtype=torch.int64),
+        )
 
     def forward(self, levels: Tensor) -> Tensor:
-        return torch._int_mm(levels.to(torch.int8), self.weight)
+        sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+            levels.to(torch.int8), 1.0, 0, self._packed, self._ones, self._zeros, None,
+            1.0, 0, torch.float32, "none", [], "",
+        )  # fmt: skip
+        return sums
 
 
 class _FloatProducts(nn.Module):
@@ -126,7 +140,7 @@ class _FloatProducts(nn.Module):
         for number, part in enumerate(self.parts):
             start = number * _EXACT
             total = total + part(levels[:, start : start + _EXACT]).int()
-        return total
+        return total.float()
 
 
 def _product(levels: Tensor) -> nn.Module:
@@ -140,6 +154,20 @@ def _scale(rows: Tensor) -> Tensor:
     """(N, 1): what one level of each row stands for; a row of zeros takes any."""
     largest = torch.maximum(rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True).neg_())
     return largest.clamp_min_(1e-30).div_(_LEVELS)
+
+
+_OVER_IMAGES = ("self_attn.qkv", *(f"crossattention.self.{x}" for x in ("query", "key", "value")))
+"""Ends of the names of layers whose results meet in attention over an image's tokens."""
+
+
+def in_int8(module: M) -> M:
+    """``module`` with `Int8Linear` in the place of every linear layer. Where the CPU is fast at it,
+    attention over images, which is then most of the work that is left, is in bfloat16."""
+    rounded = with_linears(module, Int8Linear)
+    for name, layer in rounded.named_modules():
+        if isinstance(layer, Int8Linear) and name.endswith(_OVER_IMAGES) and multiplies_bfloat16():
+            layer.dtype = torch.bfloat16
+    return rounded
 
 
 def with_linears(module: M, make: Callable[[nn.Linear], nn.Module]) -> M:

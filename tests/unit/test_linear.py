@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from stages.models.linear import Int8Linear, PackedLinear, can_pack, gelu_of, with_linears
+from stages.models.captioner import Captioner
+from stages.models.linear import (
+    Int8Linear,
+    PackedLinear,
+    can_pack,
+    gelu_of,
+    multiplies_int8,
+    with_linears,
+)
+from tests import tiny_models
+from tests.unit.test_captioner import random_images
 
 
 def test_products_are_those_of_the_rounded_factors() -> None:
@@ -49,8 +62,53 @@ def test_a_cpu_without_products_of_integers_gives_the_same(
     for capable in (True, False):
         monkeypatch.setattr("stages.models.linear.multiplies_int8", lambda known=capable: known)
         found.append(Int8Linear(linear).products(levels))
-    assert found[0].dtype == found[1].dtype == torch.int32
+    assert found[0].dtype == found[1].dtype == torch.float32
     assert torch.equal(*found)
+    exact = levels.double() @ torch.full((inputs, 24), 127.0).double()
+    assert torch.equal(found[0].double(), exact.float().double())
+
+
+@torch.inference_mode()
+def test_int8_layers_end_in_gelu_and_in_the_numbers_that_are_asked_for() -> None:
+    torch.manual_seed(0)
+    layer, states = Int8Linear(nn.Linear(40, 24)), torch.randn(2, 300, 40)
+    torch.testing.assert_close(gelu_of(layer, states), F.gelu(layer(states)))
+    whole = layer(states)
+    layer.dtype = torch.bfloat16
+    assert torch.equal(layer(states), whole.bfloat16())
+    assert torch.equal(layer(states.bfloat16()), layer(states.bfloat16().float()))
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_attention_over_images_is_in_bfloat16_where_that_is_fast(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capable: bool
+) -> None:
+    monkeypatch.setattr("stages.models.linear.multiplies_bfloat16", lambda: capable)
+    folder = tiny_models.save_blip(tiny_models.captioner_model(), tmp_path / "captioner")
+    captioner = Captioner(folder, int8=True, batch_size=8)
+    rounded = {
+        re.sub(r".*layers?\.\d+\.", "", name)
+        for stack in (captioner.vision, captioner.decoder)
+        for name, layer in stack.named_modules()
+        if isinstance(layer, Int8Linear) and layer.dtype == torch.bfloat16
+    }
+    over = {f"crossattention.self.{part}" for part in ("query", "key", "value")}
+    assert rounded == ({"self_attn.qkv", *over} if capable else set())
+    pixels = captioner.preprocessing(random_images(8))
+    with torch.inference_mode():
+        exact = Captioner(folder).vision(pixels)
+        found = captioner.vision(pixels)
+    assert found.dtype == torch.float32
+    assert (found - exact).norm() < 0.03 * exact.norm()
+    assert all(text for (text,) in captioner(random_images(8)))
+
+
+def test_a_cpu_that_could_overflow_multiplies_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AVX-512 without VNNI adds up pairs of products in 16 bits."""
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not multiplies_int8()
+    parts = list(Int8Linear(nn.Linear(8, 8)).products.children())
+    assert parts, "no float layers"
 
 
 @torch.inference_mode()
