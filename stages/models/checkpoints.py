@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, ConfigError
 from stages.models.config import INITIALIZER_STD, MedConfig
 from stages.models.folders import (
     CAPTIONER_PARTS,
@@ -46,6 +47,8 @@ _POSITIONS = {
     "vision_model.embeddings.position_embedding",
     "vision_model_m.embeddings.position_embedding",
 }
+_UNUSED = re.compile(r"\.pooler\.|embeddings\.position_ids$")
+"""Tensors that BLIP folders may hold and nothing reads."""
 # Names that transformers ties on loading, so that a file must not hold them twice.
 TIED_IN_HEAD = tuple(f"text_decoder.cls.predictions.decoder.{name}" for name in ("weight", "bias"))
 
@@ -97,17 +100,27 @@ def load_tensors(med: Med, tensors: Mapping[str, Tensor], source: str | Path) ->
     for ours, theirs in shared_names(state):
         if ours not in tensors and theirs in tensors:
             filled[ours] = tensors[theirs]
+        elif ours in tensors and theirs in tensors and not tensors[ours].equal(tensors[theirs]):
+            raise CheckpointError(
+                f"{source}: {ours} and {theirs} differ; MED's encoder and decoder share them"
+            )
     for name in filled.keys() & _POSITIONS:
         filled[name] = resized_positions(filled[name], state[name].shape[1])
     for name in filled.keys() & state.keys():
         if filled[name].shape != state[name].shape:
             found, needed = list(filled[name].shape), list(state[name].shape)
             raise CheckpointError(f"{source}: {name} has shape {found}; need {needed}")
-    missing = med.load_state_dict(filled, strict=False).missing_keys
-    if missing:
+    wrong = med.load_state_dict(filled, strict=False)
+    if wrong.missing_keys:
         raise CheckpointError(
-            f"{source}: no tensor {missing[0]} ({len(missing)} missing); need a whole MED, "
-            "text encoder, text decoder and heads"
+            f"{source}: no tensor {wrong.missing_keys[0]} ({len(wrong.missing_keys)} missing); "
+            "need a whole MED, text encoder, text decoder and heads"
+        )
+    stray = [name for name in wrong.unexpected_keys if not _UNUSED.search(name)]
+    if stray:
+        raise CheckpointError(
+            f"{source}: unexpected tensor {stray[0]} ({len(stray)} such); the weights do not fit "
+            "config.json, save the model again or give another"
         )
     if not has_momentum:
         med.reset_momentum()
@@ -128,13 +141,23 @@ def load_med(source: str | Path, config: MedConfig | None = None) -> Med:
     The folder decides the architecture and the tokenizer the token ids; ``config`` decides the
     image size (positions are resized), dropout, queue and loss constants. None = the folder's
     image size and BLIP's constants.
+
+    Raises:
+        CheckpointError: it is not one whole MED whose tensors are those of its config.
+        ConfigError: ``config``'s image size does not fit its patches.
     """
     folder = ModelFolder.open(source)
     folder.require("blip", (*MATCHER_PARTS, *CAPTIONER_PARTS), "a whole MED")
     vision, text, projection_dim = folder.blip()
     text = fitted_to(text, load_tokenizer(folder.path))
     if config is not None:
-        vision = vision.model_copy(update={"image_size": config.vision.image_size})
+        size = config.vision.image_size
+        if size % vision.patch_size:
+            raise ConfigError(
+                f"image_size {size} is no multiple of the {vision.patch_size} pixels of a patch "
+                f"of {source}"
+            )
+        vision = vision.model_copy(update={"image_size": size})
         text = text.model_copy(update={"dropout": config.text.dropout})
     parts = {"vision": vision, "text": text, "projection_dim": projection_dim}
     med = Med((config or MedConfig()).model_copy(update=parts))

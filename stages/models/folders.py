@@ -91,7 +91,9 @@ class ModelFolder:
 
         files = [self.path / "model.safetensors"]
         if (self.path / _INDEX).is_file():
-            index = _read_json(self.path / _INDEX, self.source).get("weight_map", {})
+            index = _read_json(self.path / _INDEX, self.source).get("weight_map")
+            if not isinstance(index, dict) or not index:
+                raise CheckpointError(f"{self.source}: {_INDEX} names no files of weights")
             files = [self.path / Path(name).name for name in sorted(set(index.values()))]
         names: dict[str, Path] = {}
         for file in files:
@@ -181,7 +183,7 @@ class ModelFolder:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "sizes"
             raise CheckpointError(f"{self.source}: config.json: {where}: {first['msg']}") from error
-        except (ValueError, TypeError, AttributeError, OSError) as error:
+        except config_errors() as error:
             raise CheckpointError(f"{self.source}: config.json: {one_line(error)}") from error
 
     def tokenizer(self) -> BertTokenizer:
@@ -296,6 +298,13 @@ def _read_json(file: Path, source: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{source}: {file.name} does not hold a JSON object")
     return value
+
+
+def config_errors() -> tuple[type[Exception], ...]:
+    """What transformers raises over a config.json that it cannot take."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return StrictDataclassError, ValueError, TypeError, AttributeError, OSError
 
 
 def one_line(error: Exception) -> str:

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from stages.base import Config
 from stages.errors import CheckpointError
-from stages.models.blocks import LMHead, TextStack, VisionTransformer
+from stages.models.blocks import LMHead, TextStack
 from stages.models.checkpoints import resized_positions
 from stages.models.config import TextConfig, VisionConfig
-from stages.models.folders import ModelFolder, check_tensors, one_line
+from stages.models.folders import ModelFolder, check_tensors, config_errors, one_line
 from stages.models.med import Med
 from stages.models.text import load_tokenizer
-from stages.models.vision import shapes_only
+from stages.models.vision import VisionTransformer, shapes_only
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer
@@ -182,7 +182,7 @@ def _config(folder: ModelFolder) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder.path)
-    except (ValueError, TypeError, AttributeError, OSError) as error:
+    except config_errors() as error:
         raise CheckpointError(f"{folder.source}: config.json: {one_line(error)}") from error
     if config.hidden_act != "gelu":
         raise CheckpointError(

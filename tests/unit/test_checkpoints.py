@@ -17,7 +17,7 @@ from transformers import (
     CLIPConfig,
 )
 
-from stages.errors import CheckpointError
+from stages.errors import CheckpointError, ConfigError
 from stages.models.checkpoints import (
     load_med,
     resized_positions,
@@ -240,3 +240,33 @@ def test_weights_that_do_not_fit_their_config_are_refused(
     del tensors["itm_head.bias"]
     save_file(tensors, tmp_path / "model.safetensors")
     assert "no tensor itm_head.bias" in complaint(tmp_path)
+    save_med(med, tokenizer, tmp_path)
+    name = "text_encoder.encoder.layer.7.output.dense.bias"
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(8)}, tmp_path / "model.safetensors")
+    assert f"unexpected tensor {name} (1 such)" in complaint(tmp_path)
+    spare = {"text_encoder.pooler.dense.bias": torch.zeros(8)}
+    spare["text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
+    save_file(tensors | spare, tmp_path / "model.safetensors")
+    load_med(tmp_path)
+
+
+def test_an_encoder_and_a_decoder_that_do_not_share_are_refused(
+    med: Med, tokenizer: BertTokenizer, tmp_path: Path
+) -> None:
+    """Either could be meant, so neither is taken."""
+    save_med(med, tokenizer, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "text_decoder.bert.encoder.layer.0.output.dense.bias"
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, tmp_path / "model.safetensors")
+    message = complaint(tmp_path)
+    assert name in message and name.replace("text_decoder.bert", "text_encoder") in message
+
+
+def test_an_image_size_of_no_whole_patches_is_refused(folder: Path, med: Med) -> None:
+    patch = med.config.vision.patch_size
+    vision = VisionConfig().model_copy(update={"image_size": 3 * patch + 1})
+    config = med.config.model_copy(update={"vision": vision})
+    with pytest.raises(ConfigError, match=f"image_size {3 * patch + 1} is no multiple of the"):
+        load_med(folder, config)

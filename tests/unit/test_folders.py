@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import BlipForImageTextRetrieval
 
 from stages.errors import CheckpointError
-from stages.models.blocks import VisionTransformer
 from stages.models.captioner import Captioner
 from stages.models.config import TextConfig, VisionConfig
 from stages.models.embedder import Embedder
 from stages.models.folders import ModelFolder
 from stages.models.matcher import Matcher
+from stages.models.vision import VisionTransformer
 from tests import tiny_models
 
 
@@ -63,6 +63,12 @@ def test_sharded_weights(folder: Path) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 2
     found = Matcher(folder).vision.state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": []}, {"weight_map": {}}])
+def test_an_index_that_names_nothing(folder: Path, index: dict[str, object]) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model.safetensors.index.json names no files of weights" in refusal(folder)
 
 
 def test_old_buffers_and_poolers_do_no_harm(folder: Path) -> None:
@@ -116,6 +122,7 @@ def test_a_config_that_makes_no_sense(folder: Path) -> None:
         ("vision_config", "patch_size", 5, "image_size 32 is not a multiple of patch_size 5"),
         ("text_config", "num_attention_heads", 5, "width 32 is not a multiple of heads 5"),
         ("text_config", "hidden_act", "relu", "hidden_act 'relu', only 'gelu'"),
+        ("text_config", "hidden_size", "abc", "hidden_size"),
     ]:
         changed = {**config, part: {**config[part], key: value}}
         (folder / "config.json").write_text(json.dumps(changed))
