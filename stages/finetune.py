@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stages.base import Context, DatasetStage
-from stages.models.blocks import KeyValue, take_rows
+from stages.models.blocks import KeyValue, starting_with, take_rows
 from stages.models.checkpoints import load_med, save_captioner, save_filter
 from stages.models.losses import MedLosses
 from stages.models.med import Med
@@ -128,7 +128,7 @@ class FilterLosses(Losses):
         own = torch.tensor([row for row, _ in drawn], device=device)
         # Texts gathered from other workers' may be padded further than ours.
         ids = torch.from_numpy(np.stack([text[:length] for _, text in drawn])).to(device)
-        ids[:, 0] = self.med.config.text.enc_token_id
+        ids = starting_with(self.med.config.text.enc_token_id, ids)
         states = self.med.text_encoder(
             ids, batch.attention_mask[own], image_kv=take_rows(image_kv, own), first_only=True
         )

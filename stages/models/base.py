@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stages.errors import ConfigError, out_of_memory
 from stages.models.feeding import Batch, ahead, batched
-from stages.models.linear import Int8Linear, PackedLinear, can_pack, with_linears
+from stages.models.linear import PackedLinear, can_pack, in_int8, with_linears
 from stages.models.preprocessing import Preprocessing
 
 M = TypeVar("M", bound=nn.Module)
@@ -31,13 +31,13 @@ class InferenceModel:
     """Device, numbers and batch size of a model.
 
     ``dtype``: of weights and activations. ``int8``: linear layers of the towers in 8-bit integers,
-    see `Int8Linear`; on a CPU, with ``dtype`` float32. ``batch_size``: images at once. It halves
+    see `in_int8`; on a CPU, with ``dtype`` float32. ``batch_size``: images at once. It halves
     where memory runs out, and nothing is lost. Raises `ConfigError` for ``int8`` elsewhere.
     """
 
     preprocessing: Preprocessing
     tokens = 0
-    """Text tokens written or read so far, prompts and padding left out."""
+    """Text tokens written or read so far, without prompts and padding; `Embedder` counts none."""
 
     threads: int
     """Threads that resize images ahead of the model: one on a CPU, for a GPU 16 at most."""
@@ -59,7 +59,7 @@ class InferenceModel:
         """``module`` on the device, in the model's numbers."""
         placed = module.to(self.device, self.dtype)
         if self.int8:
-            return with_linears(placed, Int8Linear)
+            return in_int8(placed)
         return with_linears(placed, PackedLinear) if can_pack(self.device, self.dtype) else placed
 
     def over(
@@ -83,7 +83,8 @@ class InferenceModel:
 
     def _fed(self, images: Sequence[Image.Image] | Tensor) -> Iterator[Batch]:
         if not isinstance(images, Tensor):
-            resized = ahead(self.preprocessing.resized, images, self.threads, self.batch_size)
+            own = _distinct(images)
+            resized = ahead(self.preprocessing.resized, own, self.threads, self.batch_size)
             yield from batched(enumerate(resized), self.batch_size, self.device)
         elif len(images):
             yield Batch(list(range(len(images))), images)
@@ -137,6 +138,7 @@ class InferenceModel:
         torch.cuda.set_per_process_memory_fraction(most / total, self.device)
         best, rate = 1, 0.0
         size = self.batch_size
+        torch.cuda.reset_peak_memory_stats(self.device)  # another model's is not this one's
         while size <= _MOST:
             self.batch_size = size
             now = self._rate(run, size)
@@ -160,3 +162,13 @@ class InferenceModel:
         run(size)
         torch.cuda.synchronize(self.device)
         return size / (time.perf_counter() - started)
+
+
+def _distinct(images: Sequence[Image.Image]) -> list[Image.Image]:
+    """Copies in place of an image that comes again: two threads cannot read one lazy file."""
+    seen: set[int] = set()
+    found = []
+    for image in images:
+        found.append(image.copy() if id(image) in seen else image)
+        seen.add(id(image))
+    return found

@@ -23,21 +23,7 @@ from torch import Tensor, nn
 
 from stages.models.config import TextConfig
 from stages.models.linear import gelu_of
-from stages.models.vision import (
-    VisionTransformer,
-    initialise,
-    run_layer,
-    split_heads,
-)
-
-__all__ = [
-    "Cache",
-    "KeyValue",
-    "LMHead",
-    "TextStack",
-    "VisionTransformer",
-    "take_rows",
-]
+from stages.models.vision import initialise, run_layer, split_heads
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, each (batch, heads, positions, head width)."""
@@ -293,6 +279,25 @@ class TextStack(nn.Module):
     @property
     def layers(self) -> list[_TextLayer]:
         return cast(list[_TextLayer], list(self.encoder.layer))
+
+
+def trimmed(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Both without the columns on the right that are padding in every row."""
+    length = int(mask.sum(dim=1).max())
+    return input_ids[:, :length], mask[:, :length]
+
+
+def starting_with(token_id: int, input_ids: Tensor) -> Tensor:
+    """A copy whose rows begin with ``token_id`` instead of [CLS]."""
+    ids = input_ids.clone()
+    ids[:, 0] = token_id
+    return ids
+
+
+def unit(features: Tensor) -> Tensor:
+    """(N, E) vectors of length 1, at least in single precision."""
+    half = features.dtype in (torch.bfloat16, torch.float16)
+    return F.normalize(features.float() if half else features, dim=-1)
 
 
 def take_rows(image_kv: Sequence[KeyValue], rows: Tensor) -> list[KeyValue]:

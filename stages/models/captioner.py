@@ -25,12 +25,13 @@ from torch import Tensor
 
 from stages.errors import ConfigError
 from stages.models.base import InferenceModel
-from stages.models.blocks import KeyValue, LMHead, TextStack, VisionTransformer
+from stages.models.blocks import KeyValue, LMHead, TextStack
 from stages.models.config import GenerationConfig, TextConfig
 from stages.models.decoding import Decoding, GraphedDecoding, compacted
 from stages.models.folders import ModelFolder
 from stages.models.sampling import NOT_FINITE, Beams, Rules, Samples, uniforms
 from stages.models.text import fitted_to
+from stages.models.vision import VisionTransformer
 
 
 class Captioner(InferenceModel):
@@ -38,7 +39,9 @@ class Captioner(InferenceModel):
 
     With equal ``batch_size``, device and thread count the same images give the same captions, in
     any process and on any retry. Sampling noise belongs to the image, not to its place, so other
-    batches change a caption only where a rounding of the last bit moves a token's border.
+    batches change a caption only where a rounding of the last bit moves a token's border. In
+    bfloat16 that bit is coarse: logits between 8 and 16 lie 1/16 apart, so that words of nearly
+    equal chances become equal, and which of them is the last of the ``top_k`` is left to torch.
 
     Raises `CheckpointError` where the folder holds no BLIP captioner.
     """
@@ -76,26 +79,22 @@ class Captioner(InferenceModel):
 
         ``images``: any mode and size, turned as their EXIF says; or what `preprocessing` makes of
         them. ``keys``: what each image's noise hangs on, its file's sha256; None = the sha256 of
-        its pixels. Beam search
-        gives its best captions, best first. A caption is None where the model's logits are not
-        finite, which harms no other image. Raises `ConfigError` where ``config`` does not fit
-        the model.
+        its pixels as given. Beam search gives its best captions, best first. A caption is
+        None where the model's logits are not finite, which harms no other image. Raises
+        `ConfigError` where ``config`` does not fit the model, `ValueError` where there are not as
+        many keys as images.
         """
         config = config or GenerationConfig()
         prompt = self.prompt_ids(config)
-        if keys is None:
-            assert not isinstance(images, Tensor)
-            keys = [hashlib.sha256(image.tobytes()).digest() for image in images]
-        own = keys
-        assert len(own) == len(images)
+        if keys is not None and len(keys) != len(images):
+            raise ValueError(f"{len(keys)} keys for {len(images)} images; give one for each")
 
         def run(pixels: Tensor, part: slice) -> list[list[list[int]]]:
-            return cast(list[list[list[int]]], self.generate(pixels, own[part], config).tolist())
+            own = keys[part] if keys is not None else _keys_of(images[part], config)
+            return cast(list[list[list[int]]], self.generate(pixels, own, config).tolist())
 
         batches = self.over(images, run)
         return [[self._text(row, len(prompt)) for row in rows] for ids in batches for rows in ids]
-
-    caption = __call__
 
     def prompt_ids(self, config: GenerationConfig) -> list[int]:
         """[DEC] and the prompt's tokens; `ConfigError` where no caption fits behind them."""
@@ -118,7 +117,7 @@ class Captioner(InferenceModel):
         """Token ids (B, captions, max_tokens) int64 on the CPU: prompt, caption, [SEP], padding;
         `NOT_FINITE` all through where the model's logits are not.
 
-        ``pixels``: (B, 3, S, S) float32, one batch.
+        ``pixels``: (B, 3, S, S) floats, one batch.
         """
         tokens = self.vision(pixels.to(self.device, self.dtype))
         search = self._search(keys, config)
@@ -190,6 +189,16 @@ class Captioner(InferenceModel):
         return (
             str(self.tokenizer.decode(caption, skip_special_tokens=True)).removeprefix("##").strip()
         )
+
+
+def _keys_of(images: Sequence[Image.Image] | Tensor, config: GenerationConfig) -> list[bytes]:
+    """sha256 of each image's pixels, where noise is drawn at all."""
+    if config.method != "nucleus":
+        return [b""] * len(images)
+    return [
+        hashlib.sha256(i.cpu().numpy().tobytes() if isinstance(i, Tensor) else i.tobytes()).digest()
+        for i in images
+    ]
 
 
 def _head(folder: ModelFolder, text: TextConfig, decoder: TextStack) -> LMHead:

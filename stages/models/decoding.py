@@ -125,16 +125,22 @@ class GraphedDecoding(Decoding):
 
         if self.tokens.device.type != "cuda":
             return run
+        # Captures record a stream of the current device, which may be another than the model's.
+        with torch.cuda.device(self.tokens.device):
+            return self._captured_here(run)
+
+    def _captured_here(self, run: Callable[[], None]) -> Callable[[], None]:
         # Libraries set themselves up at their first call, which a capture would not survive. The
         # step writes what it will write again.
-        side = torch.cuda.Stream(self.tokens.device)  # type: ignore[no-untyped-call]
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: each step's intermediates are done with when the next one starts.
-        with torch.cuda.graph(graph, pool=self._pool):
+        # One pool for all: each step's intermediates are done with when the next one starts. The
+        # stream that torch keeps for captures is of the device that captured first.
+        with torch.cuda.graph(graph, pool=self._pool, stream=side):
             run()
         self._pool = graph.pool()
         return graph.replay

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from stages.errors import CheckpointError
 from stages.models.base import InferenceModel
-from stages.models.blocks import TextStack, VisionTransformer
-from stages.models.folders import ModelFolder, one_line
-from stages.models.matcher import TEXTS_AN_IMAGE, trimmed, unit
+from stages.models.blocks import TextStack, trimmed, unit
+from stages.models.folders import ModelFolder, config_errors, one_line
+from stages.models.matcher import TEXTS_AN_IMAGE
 from stages.models.preprocessing import Preprocessing
 from stages.models.text import clean_caption, encodable, encode_texts, fitted_to
+from stages.models.vision import VisionTransformer
 
 if TYPE_CHECKING:
     from transformers import BertTokenizer, CLIPModel, CLIPTokenizer
@@ -123,7 +124,7 @@ class _Clip:
             # Its random weights, replaced at once, must not advance the caller's generator.
             with torch.random.fork_rng(devices=[]):
                 model = CLIPModel(config)  # attention is SDPA by default
-        except (ValueError, TypeError, AttributeError, OSError) as error:
+        except config_errors() as error:
             raise CheckpointError(f"{folder.source}: config.json: {one_line(error)}") from error
         self.folder, self.device = folder, runs.device
         self.dim = int(cast(Any, config).projection_dim)
@@ -180,11 +181,12 @@ class _Med:
         self.folder, self.runs = folder, runs
         self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
         self.vision = runs.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
+        # In float32, as the matcher's.
         vision_proj = folder.linear("vision_proj.", vision.width, self.dim)
-        self.vision_proj = vision_proj.to(runs.device, runs.dtype)
+        self.vision_proj = vision_proj.to(runs.device)
 
     def images(self, pixels: Tensor) -> Tensor:
-        return cast(Tensor, self.vision_proj(self.vision(pixels, first_only=True)[:, 0]))
+        return cast(Tensor, self.vision_proj(self.vision(pixels, first_only=True)[:, 0].float()))
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         cleaned = [clean_caption(text) for text in texts]
@@ -192,7 +194,7 @@ class _Med:
         ids, mask = trimmed(*encode_texts(self._tokenizer, cleaned, most))
         device = self.runs.device
         first = self._encoder(ids.to(device), mask.to(device), first_only=True)
-        return cast(Tensor, self._text_proj(first[:, 0]))
+        return cast(Tensor, self._text_proj(first[:, 0].float()))
 
     # Only those who embed texts pay for the text encoder.
     @cached_property
@@ -209,4 +211,4 @@ class _Med:
     @cached_property
     def _text_proj(self) -> torch.nn.Linear:
         text_proj = self.folder.linear("text_proj.", self.text.width, self.dim)
-        return text_proj.to(self.runs.device, self.runs.dtype)
+        return text_proj.to(self.runs.device)

@@ -30,7 +30,8 @@ class Batch:
 
 
 def ahead(make: Callable[[T], R], items: Iterable[T], threads: int, most: int) -> Iterator[R]:
-    """``make`` of each item, in order, in ``threads``; at most ``most`` results wait."""
+    """``make`` of each item, in order, in ``threads``; at most ``most`` results wait beside the
+    one that is taken next."""
     waiting: deque[Future[R]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for item in items:

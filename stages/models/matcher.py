@@ -25,9 +25,10 @@ from torch import Tensor
 
 from stages.errors import ConfigError
 from stages.models.base import InferenceModel
-from stages.models.blocks import TextStack, VisionTransformer
+from stages.models.blocks import TextStack, starting_with, trimmed, unit
 from stages.models.folders import ModelFolder
 from stages.models.text import clean_caption, encode_texts, fitted_to
+from stages.models.vision import VisionTransformer
 
 MATCH = 1  # index of "matches" among the two outputs of the matching head
 TEXTS_AN_IMAGE = 4  # at once, for each image of a batch: texts are that much smaller
@@ -91,9 +92,11 @@ class Matcher(InferenceModel):
         encoder = folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
         self.vision = self.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
         self.encoder = self.place(encoder)
-        self.vision_proj = folder.linear("vision_proj.", vision.width, width).to(self.device, dtype)
-        self.text_proj = folder.linear("text_proj.", text.width, width).to(self.device, dtype)
-        self.itm_head = folder.linear("itm_head.", text.width, 2).to(self.device, dtype)
+        # In float32 whatever the towers' numbers: they cost nothing, and rounded to bfloat16 a
+        # probability near 0.5 would go in steps of 0.002.
+        self.vision_proj = folder.linear("vision_proj.", vision.width, width).to(self.device)
+        self.text_proj = folder.linear("text_proj.", text.width, width).to(self.device)
+        self.itm_head = folder.linear("itm_head.", text.width, 2).to(self.device)
 
     @torch.inference_mode()
     def match(
@@ -105,9 +108,13 @@ class Matcher(InferenceModel):
         them. ``texts``: for each image any number of texts, none included; they are cleaned here,
         as BLIP's training texts are, and scored even where nothing is left of them, which the
         filter stage gives a status instead. The probability is softmax(ITM)[match] in [0, 1],
-        CapFilt's score; the cosine lies in [-1, 1].
+        CapFilt's score; the cosine lies in [-1, 1]. Raises `ValueError` where there are not as
+        many lists of texts as images.
         """
-        assert len(images) == len(texts)
+        if len(images) != len(texts):
+            raise ValueError(
+                f"{len(texts)} lists of texts for {len(images)} images; give one for each"
+            )
         batches = self.over(images, lambda pixels, part: self._match_batch(pixels, texts[part]))
         return [scores for batch in batches for scores in batch]
 
@@ -132,7 +139,7 @@ class Matcher(InferenceModel):
     def encode_images(self, images: Sequence[Image.Image] | Tensor) -> Images:
         """Image tokens and contrastive features, ``batch_size`` images at a time; at least one."""
         whole = torch.cat(list(self.over(images, lambda pixels, _: self.vision(pixels))))
-        return Images(whole, unit(self.vision_proj(whole[:, 0])))
+        return Images(whole, unit(self.vision_proj(whole[:, 0].float())))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> Texts:
@@ -144,7 +151,8 @@ class Matcher(InferenceModel):
 
         def run(part: slice) -> Tensor:
             own, seen = trimmed(ids[part], mask[part])
-            return unit(self.text_proj(self.encoder(own, seen, first_only=True)[:, 0]))
+            states = self.encoder(own, seen, first_only=True)
+            return unit(self.text_proj(states[:, 0].float()))
 
         features = self.batches(len(texts), run, each=TEXTS_AN_IMAGE)
         return Texts(ids, mask, torch.cat(list(features)))
@@ -160,7 +168,8 @@ class Matcher(InferenceModel):
         """The matching head's two outputs for each pair, (M, 2) float32, index `MATCH` = match.
 
         ``pairs``: (M, 2) int64 of (image, text) indices, in any order. Pairs are worked through
-        image by image, so that an image's keys and values are computed once, also in re-ranking.
+        image by image, so that an image's keys and values are computed once, or once for each
+        4 x ``batch_size`` of its texts.
         """
         pairs = pairs.to(self.device)
         counts = pairs[:, 0].bincount()
@@ -193,18 +202,6 @@ class Matcher(InferenceModel):
         owners = cast(Tensor, torch.unique_consecutive(pairs[:, 0]))
         image_kv = self.encoder.cross_kv(images.tokens[owners])
         ids, mask = trimmed(texts.input_ids[pairs[:, 1]], texts.mask[pairs[:, 1]])
-        ids[:, 0] = self.encoder.config.enc_token_id
+        ids = starting_with(self.encoder.config.enc_token_id, ids)
         states = self.encoder(ids, mask, image_kv=image_kv, first_only=True)
-        logits: Tensor = self.itm_head(states[:, 0])
-        return logits.float()
-
-
-def trimmed(input_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy without the columns that are padding in every row."""
-    length = int(mask.sum(dim=1).max())
-    return input_ids[:, :length].clone(), mask[:, :length]
-
-
-def unit(features: Tensor) -> Tensor:
-    """(N, E) vectors of length 1, float32."""
-    return torch.nn.functional.normalize(features.float(), dim=-1)
+        return cast(Tensor, self.itm_head(states[:, 0].float()))

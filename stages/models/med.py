@@ -19,8 +19,10 @@ from stages.models.blocks import (
     KeyValue,
     LMHead,
     TextStack,
-    VisionTransformer,
+    starting_with,
     take_rows,
+    trimmed,
+    unit,
 )
 from stages.models.config import TEMPERATURE_RANGE, MedConfig, TextConfig
 from stages.models.losses import (
@@ -31,6 +33,7 @@ from stages.models.losses import (
     matching_labels,
     same_pair,
 )
+from stages.models.vision import VisionTransformer
 from stages.models.workers import Workers, cross_entropy
 
 NO_IMAGE_ID = -1
@@ -162,7 +165,7 @@ class Med(nn.Module):
         - ``matching`` asks for ITC and ITM, ``language`` for LM; fine-tuning wants one of them.
         - ``prompt_length``: leading positions, ``[DEC]`` included, that carry no LM loss.
         """
-        input_ids, attention_mask = trim(input_ids, attention_mask)
+        input_ids, attention_mask = trimmed(input_ids, attention_mask)
         tokens = self.vision_model(pixel_values)
         image_kv = self.text_encoder.cross_kv(tokens)
         itc = itm = lm = tokens.new_zeros(())
@@ -199,9 +202,7 @@ class Med(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """ITC and ITM from (B, T, Dv) image tokens and their `TextStack.cross_kv`."""
         states = self.text_encoder(input_ids, attention_mask, first_only=True)
-        online = _Features(
-            _unit(self.vision_proj(tokens[:, 0])), _unit(self.text_proj(states[:, 0]))
-        )
+        online = _Features(unit(self.vision_proj(tokens[:, 0])), unit(self.text_proj(states[:, 0])))
         momentum = self._momentum_features(pixel_values, input_ids, attention_mask)
         own = _candidates(momentum, image_ids)
         shared = workers if workers is not None and workers.share else None
@@ -237,7 +238,7 @@ class Med(nn.Module):
         # Position t predicts token t + 1, so the last one is not run; only positions with a target
         # reach the vocabulary.
         states: Tensor = self.text_decoder.bert(
-            _starting_with(config.dec_token_id, input_ids[:, :-1]), causal=True, image_kv=image_kv
+            starting_with(config.dec_token_id, input_ids[:, :-1]), causal=True, image_kv=image_kv
         )
         wanted = input_ids[:, 1:] != config.pad_token_id
         wanted[:, : max(prompt_length - 1, 0)] = False
@@ -255,7 +256,7 @@ class Med(nn.Module):
     ) -> _Features:
         image = self.vision_model_m(pixel_values, first_only=True)[:, 0]
         text = self.text_encoder_m(input_ids, attention_mask, first_only=True)[:, 0]
-        return _Features(_unit(self.vision_proj_m(image)), _unit(self.text_proj_m(text)))
+        return _Features(unit(self.vision_proj_m(image)), unit(self.text_proj_m(text)))
 
     def _contrastive(
         self,
@@ -314,7 +315,7 @@ class Med(nn.Module):
             needed, texts = torch.unique(texts, return_inverse=True)
             input_ids, attention_mask = input_ids[needed], attention_mask[needed]
         states = self.text_encoder(
-            _starting_with(self.config.text.enc_token_id, input_ids),
+            starting_with(self.config.text.enc_token_id, input_ids),
             attention_mask,
             image_kv=image_kv,
             guests=take_rows(image_kv, images) if len(images) else None,
@@ -344,26 +345,8 @@ class Med(nn.Module):
             yield from zip(online.parameters(), copy.parameters(), strict=True)
 
 
-def trim(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the columns on the right that are padding in every row."""
-    length = int(attention_mask.sum(1).max())
-    return input_ids[:, :length], attention_mask[:, :length]
-
-
 def _candidates(momentum: _Features, image_ids: Tensor | None) -> _Candidates:
     if image_ids is None:
         count = len(momentum.image)
         image_ids = torch.full((count,), NO_IMAGE_ID, device=momentum.image.device)
     return _Candidates(*momentum, image_ids)
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Vectors of length 1, at least in single precision."""
-    half = features.dtype in (torch.bfloat16, torch.float16)
-    return F.normalize(features.float() if half else features, dim=-1)
-
-
-def _starting_with(token_id: int, input_ids: Tensor) -> Tensor:
-    ids = input_ids.clone()
-    ids[:, 0] = token_id
-    return ids

@@ -73,7 +73,8 @@ class Preprocessing(Config):
 
     def resized(self, image: Image.Image) -> npt.NDArray[np.uint8]:
         """(size, size, 3) uint8 of an image of any mode, upright as its EXIF says: all that takes
-        long, a quarter of the bytes. Threads may call it at once."""
+        long, a quarter of the bytes. Threads may call it at once, each with an image of its own:
+        PIL opens lazily, and two cannot read one file."""
         rgb = upright_rgb(image)
         return np.asarray(_resized(rgb, self.size, self.shortest_edge, self.resample))
 
@@ -107,7 +108,8 @@ def _resized(image: Image.Image, size: int, edge: int | None, resample: int) -> 
     new_width, new_height = scaled if width <= height else scaled[::-1]
     if long > _LONGEST * short:
         # A 20,000x10 image must not become 448,000x224 on the way: only the crop's source box is
-        # resized. Bytes may differ from transformers' by roundings here, and only here.
+        # resized. Bytes may differ from transformers' by roundings here, and only here; and where
+        # the image is smaller than the crop, it is stretched, not set into black.
         left, top = max((new_width - size) / 2, 0), max((new_height - size) / 2, 0)
         across, down = width / new_width, height / new_height
         right, bottom = min((left + size) * across, width), min((top + size) * down, height)

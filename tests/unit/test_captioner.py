@@ -190,6 +190,21 @@ def test_the_prompt_may_be_empty(captioner: Captioner) -> None:
     assert all(texts[0] for texts in captioner(random_images(5), config=config))
 
 
+def test_without_keys_equal_pixels_get_equal_captions(captioner: Captioner) -> None:
+    images = random_images(6)
+    twice = captioner([*images, images[0], *(image.copy() for image in images)])
+    assert twice[:6] == twice[7:] and twice[6] == twice[0]
+    keys = [hashlib.sha256(image.tobytes()).digest() for image in images]
+    assert captioner(images, keys) == twice[:6]
+    tensor = Preprocessing(size=32)(images)
+    assert captioner(tensor) == captioner(tensor[[0, 1, 2, 3, 4, 5]])
+
+
+def test_keys_for_other_images_are_refused(captioner: Captioner) -> None:
+    with pytest.raises(ValueError, match="2 keys for 3 images"):
+        captioner(random_images(3), [b"a", b"b"])
+
+
 def test_no_images(captioner: Captioner) -> None:
     assert captioner([]) == []
 
