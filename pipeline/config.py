@@ -130,6 +130,33 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _prompts_are_alike(self) -> RunConfig:
+        prompt = self.finetune.captioner.prompt
+        others = {
+            "caption.generation": self.caption.generation.prompt,
+            "evaluate": self.evaluate.prompt,
+        }
+        for name, other in others.items():
+            if other != prompt:
+                raise ValueError(
+                    f"{name}.prompt: {other!r} is not finetune.captioner.prompt, {prompt!r}; "
+                    "a captioner goes on from the prompt that it was fine-tuned with"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _images_have_whole_patches(self) -> RunConfig:
+        patch = self.pretrain.model.vision.patch_size
+        sizes = {"captioner": self.finetune.captioner, "filter": self.finetune.filter}
+        for name, training in sizes.items():
+            if self.pretrain.init is None and training.image_size % patch:
+                raise ValueError(
+                    f"finetune.{name}.image_size: {training.image_size} is no multiple of "
+                    f"pretrain.model.vision.patch_size, {patch}"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _gpus_are_asked_for(self) -> RunConfig:
         for name in ("caption", "filter", "embed"):
             stage = getattr(self, name)

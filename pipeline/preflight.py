@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from pipeline.config import RunConfig
@@ -123,6 +124,9 @@ def _inits(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], object
     pretrain = config.pretrain
     if pretrain.init is not None:
         yield "pretrain.init", pretrain.init, lambda ref: load_med(ref, pretrain.model)
+        for name in ("captioner", "filter"):
+            training = getattr(config.finetune, name).med_config()
+            yield f"finetune.{name}", pretrain.init, partial(load_med, config=training)
     if pretrain.init_vision is not None:
         vision = pretrain.model.vision
         yield "pretrain.init_vision", pretrain.init_vision, lambda ref: vision_start(ref, vision)

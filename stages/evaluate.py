@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stages.base import Context, DatasetStage, WholeRoundConfig, operational
 from stages.caption_metrics import bleu, cider
@@ -62,6 +62,23 @@ class EvaluateConfig(WholeRoundConfig):
     """Images at once."""
     threads: int | None = operational(None, ge=1)
     """Threads of torch; None leaves them as they are."""
+
+    @property
+    def generation(self) -> GenerationConfig:
+        """How the captioner decodes."""
+        return GenerationConfig(
+            method="beam",
+            prompt=self.prompt,
+            num_beams=self.num_beams,
+            min_tokens=self.min_tokens,
+            max_tokens=self.max_tokens,
+        )
+
+    @model_validator(mode="after")
+    def _can_decode(self) -> EvaluateConfig:
+        if self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens {self.min_tokens} exceeds max_tokens {self.max_tokens}")
+        return self
 
 
 class Measured(NamedTuple):
@@ -137,14 +154,7 @@ class EvaluateStage(DatasetStage):
 
         config = self.config
         captioner = Captioner(source, default_device(), batch_size=config.batch_size)
-        generation = GenerationConfig(
-            method="beam",
-            prompt=config.prompt,
-            num_beams=config.num_beams,
-            min_tokens=config.min_tokens,
-            max_tokens=config.max_tokens,
-        )
-        texts = [found[0] or "" for found in captioner(images, config=generation)]
+        texts = [found[0] or "" for found in captioner(images, config=config.generation)]
         references = [probe.captions for probe in probes]
         scores = cider(texts, references)
         metrics = {"bleu4": bleu(texts, references), "cider": float(np.mean(scores))}

@@ -101,6 +101,24 @@ def test_a_bad_override_is_named(file: Path, override: str, parts: list[str]) ->
     assert len(said) < 500
 
 
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("evaluate.min_tokens=30", ["evaluate", "min_tokens 30 exceeds max_tokens 20"]),
+        ("evaluate.prompt=a photo", ["evaluate.prompt: 'a photo' is not", "'a picture of '"]),
+        ("caption.generation.prompt=", ["caption.generation.prompt: None", "valid string"]),
+        ("finetune.captioner.prompt=so ", ["caption.generation.prompt: 'a picture of ' is not"]),
+        ("finetune.filter.image_size=100", ["finetune.filter.image_size: 100 is no multiple"]),
+        ("finetune.captioner.image_size=100", ["captioner.image_size: 100", "patch_size, 16"]),
+    ],
+)
+def test_what_would_fail_after_hours_is_refused_at_once(
+    file: Path, override: str, parts: list[str]
+) -> None:
+    said = problem(file, override)
+    assert all(part in said for part in parts), said
+
+
 def test_languages_can_only_be_chosen_where_they_are_identified(file: Path) -> None:
     said = problem(file, "select.texts.languages=[en]", "ingest.language=false")
     assert "select.texts.languages: needs ingest.language" in said

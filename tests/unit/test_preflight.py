@@ -191,8 +191,9 @@ def test_a_bert_is_not_compared_with_words_that_the_world_will_make(
 
 def test_limits_that_the_model_cannot_meet(good: dict[str, Any]) -> None:
     prompt = {"prompt": "a " * 30}
+    alike = {"evaluate": prompt, "finetune": {"captioner": prompt}}
     with pytest.raises(ConfigError, match=r"caption\.model: max_tokens 20 leaves no room"):
-        checked(good, caption=good["caption"] | {"generation": prompt})
+        checked(good, caption=good["caption"] | {"generation": prompt}, **alike)
     with pytest.raises(ConfigError, match=r"filter\.model: max_tokens 999 is not between"):
         checked(good, filter=good["filter"] | {"max_tokens": 999})
 
