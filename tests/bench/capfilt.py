@@ -258,7 +258,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resize-threads", type=int, metavar="N")
     parser.add_argument("--rounds", type=int, default=1, metavar="N")
-    parser.add_argument("--kinds", nargs="+", default=["captions", "scores"])
+    kinds = ["captions", "scores"]
+    parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--exact", action="store_true", help="compare captions instead of speed")
     mode.add_argument("--store", action="store_true", help="from store to store")

@@ -25,8 +25,8 @@ from stages.caption import CaptionConfig, CaptionStage
 from stages.download import DownloadConfig
 from stages.embed import EmbedConfig, EmbedStage
 from stages.filter import FilterConfig, FilterStage
+from stages.inference import batches
 from stages.models.config import GenerationConfig
-from stages.models.images import decode
 from stages.schemas import DOWNLOAD, IMAGES_WITH_TEXTS
 from tests.bench import blip
 from tests.bench.memory import tree_memory
@@ -44,16 +44,18 @@ def store_to_store(
     """Shards of images in a store, captioned, then scored with that caption and a web text, through
     Ray; against captioner and matcher alone.
 
-    Both decode the same files. A stage's first shard, which waits for the weights, is left out of
-    the engine's time; reading, checking and publishing of the others is in it.
+    Both decode the same files ahead of the model, in the same threads, and score the same texts. A
+    stage's first shard, which waits for the weights, is left out of the engine's time; reading,
+    checking and publishing of the others is in it.
     """
     files = pictures(options.images, options.quick)
     caption, filtered = stages(options, folder, generation)[:2]
     store = Store(str(folder / "run"))
     with connected(EngineConfig(cpus=options.threads), folder / "ray.log") as board:
         rates = _engine_rates(files, [caption, filtered], store, board)
+        captions = _captions(store)
     bare = {"caption": _bare_captions(files, caption.config),
-            "filter": _bare_scores(files, filtered.config)}  # fmt: skip
+            "filter": _bare_scores(files, captions, filtered.config)}  # fmt: skip
     rates["caption + filter"], bare["caption + filter"] = (
         1 / sum(1 / rate for rate in of.values()) for of in (rates, bare)
     )
@@ -137,26 +139,44 @@ def _download(shard: str, files: list[bytes]) -> pa.Table:
     return filled(DOWNLOAD, rows, status="success", source="web", text=_WEB_TEXT)
 
 
+def _captions(store: Store) -> list[str]:
+    """What the engine wrote for the pictures of one shard."""
+    name = max(name for name in store.record_names() if "/stage=caption/" in name)
+    return [str(text) for text in shards.load(name, store)["text"].to_pylist()]
+
+
 def _bare_captions(files: list[bytes], config: CaptionConfig) -> float:
     stage = CaptionStage(config)
     stage.setup()
     keys = [hashlib.sha256(data).digest() for data in files]
-    return _rate(files, lambda images, own: stage.model(images, own, config.generation), keys)
+    return _rate(
+        files, stage, lambda images, own: stage.model(images, own, config.generation), keys
+    )
 
 
-def _bare_scores(files: list[bytes], config: FilterConfig) -> float:
-    """With a text as long as the web text in place of the caption."""
+def _bare_scores(files: list[bytes], captions: list[str], config: FilterConfig) -> float:
     stage = FilterStage(config)
     stage.setup()
-    texts = [[_WEB_TEXT, " ".join(reversed(_WEB_TEXT.split()))] for _ in files]
-    return _rate(files, stage.model.match, texts)
+    texts = [[_WEB_TEXT, caption] for caption in captions]
+    return _rate(files, stage, stage.model.match, texts)
 
 
-def _rate(files: list[bytes], run: Any, beside: list[Any]) -> float:
-    run([decode(files[0])], beside[:1])
+def _rate(
+    files: list[bytes], stage: CaptionStage | FilterStage, run: Any, beside: list[Any]
+) -> float:
+    model, threads = stage.model, stage.config.decode_threads
+
+    def once(some: list[bytes]) -> None:
+        table = pa.table({"image": some})
+        for batch in batches(
+            table, model.batch_size, model.preprocessing, {}, threads, model.device
+        ):
+            run(batch.pixels, [beside[row] for row in batch.rows])
+
+    once(files[: model.batch_size])
     started = time.perf_counter()
     for _ in range(_SHARDS):
-        run([decode(data) for data in files], beside)
+        once(files)
     return _SHARDS * len(files) / (time.perf_counter() - started)
 
 
