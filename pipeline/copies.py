@@ -50,9 +50,8 @@ def link(store: Store, sharing: Sharing) -> None:
     if sharing.copies is None or not sharing.shared:
         return
     missing = set(sharing.shared.values()) - store.record_names()
-    for record in _by_shard(store, sharing.copies) if missing else ():
-        if record.name in missing:
-            store.publish(record)
+    if missing:
+        store.publish_all(r for r in _by_shard(store, sharing.copies) if r.name in missing)
 
 
 def _by_shard(store: Store, task: DatasetTask) -> list[Record]:

@@ -34,7 +34,7 @@ class Record(Config):
     round: int | None
     """None for stages whose output belongs to the run (sources, download, embed)."""
     shard: str
-    """Six digits, or ``all`` for a stage that sees the whole round."""
+    """Six digits or more, or ``all`` for a stage that sees the whole round."""
     fingerprint: str
     payloads: tuple[Payload, ...]
     counts: dict[str, int] = Field(default_factory=dict)

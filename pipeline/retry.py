@@ -34,8 +34,7 @@ def retry_failed(config: RunConfig, store: Store) -> int:
     started = time.time()
     names = store.record_names()
     cut = store.read_records(name for name in names if "/stage=ingest/" in name)
-    for record in cut:
-        link_shards(store, record, names)  # a run may have been killed before it did
+    link_shards(store, cut, names)  # a run may have been killed before it did
     names = store.record_names()
     total = 0
     for kind in ("web", "human"):
@@ -48,7 +47,7 @@ def retry_failed(config: RunConfig, store: Store) -> int:
         print_ = fingerprint("retry", 1, None, *(payload.sha256 for payload in payloads))
         details = {"file": "rows tried again", "kind": kind, "identity": f"retry:{print_}"}
         cut.append(publish_cut(store, print_, payloads, details, started))
-        link_shards(store, cut[-1], names)
+        link_shards(store, cut[-1:], names)
         total += sum(payload.rows or 0 for payload in payloads)
     return total
 

@@ -41,9 +41,8 @@ def ingest(config: RunConfig, store: Store) -> Shards:
             seen.read(InTurn(store, [payload.path for payload in earlier]))
             for file in files:
                 records.append(_cut(config, store, file, shards_of(records), seen))
-    return {
-        shard: found for record in records for shard, found in link_shards(store, record, names)
-    }
+    link_shards(store, records, names)
+    return known_shards(records)
 
 
 def known_shards(records: Sequence[Record]) -> Shards:
@@ -128,16 +127,10 @@ def publish_cut(
     return record if store.publish(record) else store.read_record(record.name)
 
 
-def link_shards(
-    store: Store, record: Record, published: set[str]
-) -> list[tuple[str, tuple[str, str]]]:
-    """The shards of one ingested file; those without a record of their own get it now."""
-    found = []
-    for source in _shards_in(record):
-        if source.name not in published:
-            store.publish(source)
-        found.append((source.shard, (record.details["kind"], source.name)))
-    return found
+def link_shards(store: Store, records: Sequence[Record], published: set[str]) -> None:
+    """Give the shards of ingested files records of their own, where they have none yet."""
+    sources = (source for record in records for source in _shards_in(record))
+    store.publish_all(source for source in sources if source.name not in published)
 
 
 def _shards_in(record: Record) -> list[Record]:
@@ -146,7 +139,7 @@ def _shards_in(record: Record) -> list[Record]:
         record.model_copy(
             update={
                 "stage": "sources",
-                "shard": payload.path.partition("shard=")[2][:6],
+                "shard": payload.path.partition("shard=")[2].partition("/")[0],
                 "fingerprint": (payload.first_sha256 or payload.sha256)[:16],
                 "payloads": (payload,),
                 "counts": {"rows": payload.rows or 0},

@@ -20,7 +20,9 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,8 @@ from pipeline.records import Payload, Record, lease_name
 from stages.errors import LeaseLostError, StoreError, from_remote_store
 
 _CHUNK = 1 << 20
+_AT_ONCE = 16
+"""Requests for small files that wait for a store beside each other."""
 
 
 class Store:
@@ -308,6 +312,17 @@ class Store:
             LeaseLostError: another driver has taken the run over.
         """
         self.fence()
+        return self._publish(record)
+
+    def publish_all(self, records: Iterable[Record]) -> None:
+        """`publish` each of them, many at once: a remote store answers each after a while."""
+        waiting = iter(records)
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            while some := list(islice(waiting, 16 * _AT_ONCE)):
+                self.fence()
+                list(pool.map(self._publish, some))
+
+    def _publish(self, record: Record) -> bool:
         record = record.model_copy(update={"token": self.token})
         return self.create(record.name, record.model_dump_json(indent=1).encode())
 

@@ -63,7 +63,7 @@ class IngestConfig(Config):
 
 
 class IngestStage(DatasetStage):
-    """Writes ``shard=<six digits>.parquet`` (SOURCES) for the rows of ``files``.
+    """Writes ``shard=<six digits or more>.parquet`` (SOURCES) for the rows of ``files``.
 
     Inputs: ``seen``, the shards cut earlier; a row that repeats one of theirs is marked. Who cuts
     file after file gives them once, to a ``SeenPairs`` of its own. A shard never holds both web and

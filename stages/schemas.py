@@ -27,7 +27,7 @@ _IMAGE = ("image", pa.binary(), "encoded image; null on failure. Kept in the tar
 _SHA256 = ("sha256", _TEXT, "sha256 of the image bytes as downloaded, before resizing, in hex")
 _DETAIL = ("detail", _TEXT, "what went wrong, in words; null where nothing did")
 _MODEL = ("model", _TEXT, "hash of the weights that made this row")
-_SHARD = ("shard", _TEXT, "six digits: the shard that the row belongs to")
+_SHARD = ("shard", _TEXT, "six digits or more: the shard that the row belongs to")
 
 SOURCES = _schema(
     _ROW_ID,

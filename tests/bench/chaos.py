@@ -31,7 +31,7 @@ from pipeline.dag import ShardJob, ShardTask, plan_shards
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
 from pipeline.engine.shard import load
-from pipeline.sources import link_shards, publish_cut
+from pipeline.sources import known_shards, link_shards, publish_cut
 from pipeline.store import Store
 from stages.base import LocalContext
 from stages.download import DownloadConfig
@@ -118,7 +118,9 @@ def cut(store: Store, asked: list[str], size: int) -> dict[str, tuple[str, str]]
             for shard in sorted((folder / "out").iterdir())
         )
     details = {"file": file.path, "kind": file.origin, "identity": file.identity}
-    return dict(link_shards(store, publish_cut(store, "chaos", payloads, details, 0.0), set()))
+    cut = publish_cut(store, "chaos", payloads, details, 0.0)
+    link_shards(store, [cut], set())
+    return known_shards([cut])
 
 
 def download(store: Store, asked: list[str], address: str, size: int, kills: int) -> dict[str, int]:

@@ -5,7 +5,7 @@ import pytest
 from pyarrow import csv
 
 from pipeline.config import parse
-from pipeline.sources import ingest
+from pipeline.sources import ingest, known_shards, link_shards, publish_cut
 from pipeline.store import Store
 from stages.errors import SourceError
 
@@ -49,3 +49,18 @@ def test_other_column_settings_on_a_cut_file_are_refused(tmp_path):
     with pytest.raises(SourceError, match="was cut before with other column settings"):
         ingest(config(tmp_path, url_column="url"), store)
     assert store.record_names() == before
+
+
+def test_shards_beyond_a_million_keep_their_numbers(tmp_path):
+    store = Store(str(tmp_path / "run"))
+    numbers = [100_000, 1_000_000, 1_000_001, 10_000_000]
+    payloads = tuple(
+        store.put_table(f"sources/shard={number:06d}", pa.table({"n": [number]}))
+        for number in numbers
+    )
+    cut = publish_cut(store, "f", payloads, {"kind": "web"}, 0.0)
+    link_shards(store, [cut], set())
+    assert sorted(map(int, known_shards([cut]))) == numbers
+    for shard, (_, record) in known_shards([cut]).items():
+        (payload,) = store.read_record(record).payloads
+        assert store.read_table(payload)["n"].to_pylist() == [int(shard)]

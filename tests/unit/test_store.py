@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import Field
 
-from pipeline.records import Payload, Record, fingerprint, record_name
+from pipeline.records import Payload, Record, fingerprint, lease_name, record_name
 from pipeline.store import Store
 from stages.base import Config, operational
-from stages.errors import StoreError
+from stages.errors import LeaseLostError, StoreError
 from tests.s3 import s3_bucket, use_endpoint
 
 TABLE = pa.table({"n": [1, 2, 3], "text": ["a", None, "ü"]})
@@ -96,6 +96,19 @@ def test_records_are_listed_and_read_back(store: Store) -> None:
     assert read == [made[1], made[0]]
     assert store.read_record(made[1].name).payloads[0] == payload
     assert store.read_records([]) == []
+
+
+def test_many_records_are_published_at_once_and_each_once(store: Store) -> None:
+    first = record("000000", counts={"rows": 1})
+    assert store.publish(first)
+    many = [record(f"{number:06d}") for number in range(300)]
+    store.publish_all(iter(many))
+    assert store.record_names() == {one.name for one in many}
+    assert store.read_record(first.name).counts == {"rows": 1}
+    store.fenced(1).create(lease_name(2), b"{}")
+    with pytest.raises(LeaseLostError, match="another driver has taken it over"):
+        store.fenced(1).publish_all([record("000300")])
+    assert record("000300").name not in store.record_names()
 
 
 def test_records_of_the_run_have_a_place_of_their_own() -> None:
