@@ -40,12 +40,15 @@ class Board:
         self._notices = Notices()
         self._meters = Meters()
         self._begun: Counter[tuple[str, str]] = Counter()
+        """How often what has not ended was begun."""
+        self._untold: dict[tuple[str, str], tuple[str, str]] = {}
 
     def begin(self, stage: str, shard: str) -> None:
         self._begun[stage, shard] += 1
         self._notices.running[stage, shard] = time.time()
 
     def end(self, stage: str, shard: str, counts: dict[str, int]) -> None:
+        self._begun.pop((stage, shard), None)
         self._notices.running.pop((stage, shard), None)
         self._notices.errors.pop((stage, shard), None)
         self._notices.done[stage] = self._notices.done.get(stage, 0) + 1
@@ -59,7 +62,7 @@ class Board:
 
     def error(self, stage: str, shard: str, kind: str, message: str) -> None:
         self._notices.running.pop((stage, shard), None)
-        self._notices.errors[stage, shard] = kind, message
+        self._notices.errors[stage, shard] = self._untold[stage, shard] = kind, message
 
     def progress(self, stage: str, message: str, done: int, total: int) -> None:
         self._notices.progress[stage] = message, done, total
@@ -91,11 +94,11 @@ class Board:
         return self._notices
 
     def take(self) -> Notices:
-        """`read`, after which what has ended is told, so that it does not pile up. Who waits for a
-        run calls it every moment, which keeps the gauges alive."""
+        """`read`, after which what has ended or failed is told, so that it does not pile up. Who
+        waits for a run calls it every moment, which keeps the gauges alive."""
         self._meters.stand()
-        taken = replace(self._notices)
-        self._notices.ended = []
+        taken = replace(self._notices, errors=self._untold)
+        self._notices.ended, self._untold = [], {}
         return taken
 
 

@@ -4,8 +4,10 @@ Stages stream into each other: while the captioner works on one shard, the next 
 What a later operator of the same pass reads is carried in the row; images only that far. Every
 worker publishes its own shards, so the driver carries nothing but names.
 
-A shard that raises, or whose worker dies twice, is run alone afterwards (`isolate`): the rows
-that cannot be processed are quarantined, the others go on.
+A shard that raises, or whose worker dies twice, is run alone afterwards (`isolate`), from the
+driver: the rows that cannot be processed are quarantined, the others go on. What is wrong with the
+config, the weights or the lease ends the pass at once; a store that fails, the next pass tries
+again.
 """
 
 from __future__ import annotations
@@ -74,7 +76,11 @@ class StageWorker:
         return _pack(job, {k: v for k, v in carried.items() if k in wanted})
 
     def _try(self, job: ShardJob, carried: dict[str, pa.Table]) -> pa.Table | None:
-        """The published output, or None after noting on the board what was raised."""
+        """The published output, or None after noting on the board what was raised.
+
+        Raises:
+            CapfiltError: no other shard could do better, so that Ray gives the pass up.
+        """
         name, plan = self._task.name, self._plan
         started = time.time()
         # Waiting for the answer makes sure that the board knows before anything can crash.
@@ -92,9 +98,11 @@ class StageWorker:
             output = shards.run_stage(self._stage, inputs, plan.removed)
             facts = self._stage.facts()
             output = shards.publish(self._task, job, output, plan.store, started, facts)
-        except Exception as error:  # noqa: BLE001 - the shard boundary
+        except Exception as error:
             told = type(error).__name__, _one_line(error)
             ray.get(plan.board.error.remote(name, job.shard, *told))
+            if _ends_a_run(type(error)):
+                raise
             return None
         counts, seconds = shards.count_by(output, "status"), time.time() - started
         plan.board.end.remote(name, job.shard, counts)
@@ -105,6 +113,11 @@ class StageWorker:
 
     def _ask(self, *args: object) -> Any:
         return ray.get(self._shared.ask.remote(*args))
+
+
+def _ends_a_run(kind: type) -> bool:
+    """Whether an error is of no shard, and no retry can help. A store may come back."""
+    return issubclass(kind, errors.UserError | errors.RunError) and kind is not errors.StoreError
 
 
 def _one_line(error: Exception) -> str:
@@ -159,7 +172,8 @@ def run_shards(
         grows_to: as `EngineConfig.grows_to`.
 
     Raises:
-        UserError: a stage says that its config, weights or source cannot be used.
+        UserError: a stage says that its config, weights or source cannot be used, or the store
+            fails pass after pass.
         RunError: workers keep dying and nothing gets done.
     """
     stuck = 0
@@ -170,15 +184,39 @@ def run_shards(
         suspects = _suspects(board)
         left = [job for job in plan() if job.todo]
         alone = [job for job in left if (job.todo[0], job.shard) in suspects]
-        for job in alone:
-            run_alone(store, next(t for t in tasks if t.name == job.todo[0]), job, grows_to)
-            record = store.read_record(job.records[job.todo[0]])
-            board.end.remote(record.stage, record.shard, record.counts)
-            board.measured.remote(metrics.of_record(store, record))
-        progressed = alone or sum(len(job.todo) for job in left) < before
+        ended = [job for job in alone if _ends_alone(store, tasks, job, board, grows_to)]
+        progressed = ended or sum(len(job.todo) for job in left) < before
         stuck = 0 if progressed else stuck + 1
         if stuck >= _MAX_PASSES_WITHOUT_PROGRESS:
-            raise errors.RunError(f"workers die before they begin: {failure}; see Ray's log")
+            raise _nothing_done(board, failure)
+
+
+def _ends_alone(
+    store: Store,
+    tasks: Sequence[ShardTask],
+    job: ShardJob,
+    board: Any,
+    grows_to: Mapping[str, float] | None,
+) -> bool:
+    """Run one shard's next stage alone. False if the store failed meanwhile."""
+    (task,) = (task for task in tasks if task.name == job.todo[0])
+    try:
+        run_alone(store, task, job, grows_to)
+    except errors.StoreError as error:
+        ray.get(board.error.remote(task.name, job.shard, "StoreError", _one_line(error)))
+        return False
+    record = store.read_record(job.records[task.name])
+    board.end.remote(record.stage, record.shard, record.counts)
+    board.measured.remote(metrics.of_record(store, record))
+    return True
+
+
+def _nothing_done(board: Any, failure: str | None) -> errors.CapfiltError:
+    """Why pass after pass brings nothing."""
+    for kind, message in ray.get(board.read.remote()).errors.values():
+        if kind == errors.StoreError.__name__:
+            return errors.StoreError(message)
+    return errors.RunError(f"workers die before they begin: {failure}; see Ray's log")
 
 
 def _suspects(board: Any) -> set[tuple[str, str]]:
@@ -186,15 +224,16 @@ def _suspects(board: Any) -> set[tuple[str, str]]:
     only begun when another worker ended the pass, or a node left, is innocent.
 
     Raises:
-        UserError: if that is what a stage raised: no retry can help.
+        UserError, RunError: if that is what a stage raised.
     """
-    notices = ray.get(board.read.remote())
-    for kind, message in notices.errors.values():
-        raised = getattr(errors, kind, None)
-        if isinstance(raised, type) and issubclass(raised, errors.UserError | errors.RunError):
+    suspects: set[tuple[str, str]] = ray.get(board.begun_again.remote())
+    for work, (kind, message) in ray.get(board.read.remote()).errors.items():
+        raised = getattr(errors, kind, Exception)
+        if _ends_a_run(raised):
             raise raised(message)
-    begun_again: set[tuple[str, str]] = ray.get(board.begun_again.remote())
-    return set(notices.errors) | begun_again
+        if raised is not errors.StoreError:
+            suspects.add(work)
+    return suspects
 
 
 def _one_pass(

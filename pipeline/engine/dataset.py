@@ -16,6 +16,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from pipeline.dag import DatasetTask, Published
 from pipeline.engine import metrics
+from pipeline.engine.attempts import gathered
 from pipeline.engine.placement import fit
 from pipeline.engine.shard import open_model
 from pipeline.engine.spread import Spread
@@ -148,7 +149,7 @@ def publish_folder(task: DatasetTask, store: Store, output: Path, started: float
     return record if store.publish(record) else store.read_record(record.name)
 
 
-@ray.remote(max_retries=2)
+@ray.remote(max_retries=0)
 def _work(task: DatasetTask, store: Store, board: Any) -> Record:
     started = time.time()
     with tempfile.TemporaryDirectory() as output:
@@ -167,13 +168,15 @@ def run_dataset(
 
     Raises:
         CapfiltError: what the stage itself raised, or there is no place for its worker.
-        RunError: the worker died, or the stage has a bug.
+        RunError: the worker died again and again, or the stage has a bug.
     """
     if store.exists(task.record):
         return store.read_record(task.record)
     share = fit({task.name: task.resources}, grows_to)[task.name]
     try:
-        record: Record = ray.get(_work.options(**share.options()).remote(task, store, board))
+        work = _work.options(**share.options())
+        record: Record
+        (record,) = gathered([lambda: work.remote(task, store, board)])
     except RayError as error:
         raise translate(error, task.name) from error
     board.measured.remote(metrics.of_record(store, record))

@@ -13,12 +13,14 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from pipeline.engine.attempts import gathered
 from pipeline.store import Store
 
 T = TypeVar("T")
@@ -84,7 +86,8 @@ class Spread:
 
     def __init__(self, store: Store, stage: str) -> None:
         self._store = store
-        self._folder = f"{SPREAD}/{stage}"
+        # Of this attempt alone: one that was taken for dead may still be reading its own.
+        self._folder = f"{SPREAD}/{stage}-{uuid.uuid4().hex}"
         self._shared: dict[Path, SharedFile] = {}
 
     def map(
@@ -100,13 +103,12 @@ class Spread:
         files = self._share(reads) if len(alive) > 1 else ()
         work = ray.put(function)
         call: Any = _call.options(scheduling_strategy="SPREAD", num_gpus=gpus or None)
-        return list(ray.get([call.remote(work, item, self._store, files) for item in items]))
+        given = [partial(call.remote, work, item, self._store, files) for item in items]
+        return gathered(given)
 
     def _share(self, reads: Sequence[Path]) -> tuple[SharedFile, ...]:
         """All files of ``reads`` and of the folders among them; each is stored once."""
         found = []
-        if reads and not self._shared:
-            self._store.remove(self._folder)  # what a killed attempt has left
         for path in (file for place in reads for file in _files(place.resolve())):
             state = path.stat()
             mark = f"{state.st_size}-{state.st_mtime_ns}"
@@ -154,7 +156,7 @@ def _files(place: Path) -> list[Path]:
 _OURS = frozenset({".shared", ".lock"})
 
 
-@ray.remote(num_cpus=1)
+@ray.remote(num_cpus=1, max_retries=0)
 def _call(function: Callable[[T], R], item: T, store: Store, files: Sequence[SharedFile]) -> R:
     for file in files:
         file.fetch(store)

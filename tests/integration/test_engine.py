@@ -1,5 +1,6 @@
 """The engine on a real local Ray: streaming, crashes, resumption, placement."""
 
+import functools
 import itertools
 import os
 import time
@@ -10,16 +11,18 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
+from ray.exceptions import WorkerCrashedError
 
 from pipeline.config import EngineConfig
 from pipeline.dag import ShardTask, plan_shards
+from pipeline.engine.attempts import ATTEMPTS, gathered
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
 from pipeline.engine.shard import load
 from pipeline.records import Record
 from pipeline.store import Store
 from stages.base import Config, Resources, ShardStage
-from stages.errors import CheckpointError, RunError
+from stages.errors import CheckpointError, RunError, StoreError
 from stages.schemas import CAPTIONS, DOWNLOAD, EMBEDDINGS, IMAGES, SOURCES
 
 _PATIENCE = 30.0
@@ -157,6 +160,40 @@ class FakeTask(ShardTask):
     def build(self, model: str | None) -> ShardStage:
         stages = {"download": FakeDownload, "caption": FakeCaption, "embed": FakeEmbed}
         return (NoWeights if self.weights == "none" else stages[self.name])(self.config)
+
+
+class Marked(FakeDownload):
+    """Leaves a mark for every shard, and takes its time."""
+
+    def process(self, table: pa.Table) -> pa.Table:
+        (Path(self.config.marks) / table["sample_id"][0].as_py()).touch()
+        time.sleep(0.05)
+        return super().process(table)
+
+
+class Slow(FakeTask):
+    def build(self, model: str | None) -> ShardStage:
+        return Marked(self.config)
+
+
+class Unsteady(FakeTask):
+    """The first time, and wherever it cannot note that, the store fails its worker."""
+
+    def build(self, model: str | None) -> ShardStage:
+        stage = super().build(model)
+        process = stage.process
+
+        def failing(table: pa.Table) -> pa.Table:
+            try:
+                (Path(self.config.marks) / "failed").touch(exist_ok=False)
+            except FileExistsError:
+                return process(table)
+            except FileNotFoundError:
+                pass
+            raise StoreError("the store is away")
+
+        stage.process = failing
+        return stage
 
 
 class MeetingTask(FakeTask):
@@ -302,6 +339,55 @@ def test_an_error_of_the_user_stops_the_run_as_itself(tmp_path, board):
     tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake(), weights="none")]
     with pytest.raises(CheckpointError, match="not a BLIP captioner"):
         run(store, shards, board, tasks)
+
+
+def test_an_error_of_the_user_ends_a_long_pass_at_once(tmp_path, board):
+    store, marks = Store(str(tmp_path / "run")), tmp_path / "marks"
+    marks.mkdir()
+    shards = make_shards(store, [[f"s{n}"] for n in range(200)])
+    # Every download says so by a mark, of which one a shard would be 200.
+    download = Slow("download", 1, Fake(cpus=0.5, marks=str(marks)))
+    tasks = [download, FakeTask("caption", 1, Fake(cpus=0.5), weights="none")]
+    with pytest.raises(CheckpointError, match="not a BLIP captioner"):
+        run(store, shards, board, tasks)
+    assert len(list(marks.iterdir())) < 100
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(tmp_path, board):
+    store = Store(str(tmp_path / "run"))
+    shards = make_shards(store, [["a"], ["b"], ["c"]])
+    tasks = [FakeTask("download", 1, Fake()), Unsteady("caption", 1, Fake(marks=str(tmp_path)))]
+    records = run(store, shards, board, tasks)
+    for shard, sample in zip(records, "abc", strict=True):
+        assert statuses(store, records, shard) == {sample: "success"}
+    assert (tmp_path / "failed").exists()
+
+
+def test_a_store_that_goes_on_failing_ends_the_run_as_itself(tmp_path, board):
+    store = Store(str(tmp_path / "run"))
+    shards = make_shards(store, [["a"], ["b"]])
+    tasks = [Unsteady("download", 1, Fake(marks=str(tmp_path / "nowhere")))]
+    with pytest.raises(StoreError, match="the store is away"):
+        run(store, shards, board, tasks)
+
+
+@pytest.mark.parametrize("deaths", [2, 3])
+def test_a_task_that_dies_is_started_again_but_not_for_ever(tmp_path, board, deaths):
+    @ray.remote(max_retries=0)
+    def die(number: int) -> int:
+        (tmp_path / f"{number}-{os.getpid()}").touch()
+        if number == 1 and len(list(tmp_path.glob("1-*"))) <= deaths:
+            os._exit(7)
+        return number
+
+    submits = [functools.partial(die.remote, number) for number in range(3)]
+    if deaths < ATTEMPTS:
+        assert gathered(submits) == [0, 1, 2]
+    else:
+        with pytest.raises(WorkerCrashedError):
+            gathered(submits)
+    assert len(list(tmp_path.glob("1-*"))) == ATTEMPTS
+    assert len(list(tmp_path.glob("0-*"))) == len(list(tmp_path.glob("2-*"))) == 1
 
 
 def test_a_lack_of_memory_is_not_blamed_on_the_rows(tmp_path, board):

@@ -1,0 +1,38 @@
+"""Tasks that are submitted again where Ray lost them, and not for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+ATTEMPTS = 3
+"""How often a task is submitted whose process, node or output is lost again and again."""
+
+
+def gathered(submits: Sequence[Callable[[], Any]], attempts: int = ATTEMPTS) -> list[Any]:
+    """What the tasks return, in order. Each of ``submits`` starts one, whose ``max_retries`` is 0:
+    Ray's own retries have no bound where it was a node's memory that ran out.
+
+    Raises:
+        RayTaskError: what a task raised; that is not tried again.
+        RayError: the process, the node or the output of one was lost ``attempts`` times.
+    """
+    running = [submit() for submit in submits]
+    return [
+        _persistently(submit, first, attempts)
+        for submit, first in zip(submits, running, strict=True)
+    ]
+
+
+def _persistently(submit: Callable[[], Any], running: Any, attempts: int) -> Any:
+    for _ in range(attempts - 1):
+        try:
+            return ray.get(running)
+        except RayTaskError:
+            raise
+        except RayError:
+            running = submit()
+    return ray.get(running)
