@@ -8,7 +8,8 @@ heartbeat, and that it is released.
 
 No two clocks are compared. A lease has expired once its file stayed the same for its time to live
 by the clock of the one who watches; a holder that could not renew it for nearly as long stops by
-itself. On one machine, a process that is gone is known to be gone at once.
+itself, also where the store never answers. On one machine, a process that is gone is known to be
+gone at once.
 
 A driver that stalls, is taken over and wakes up again finds the next number when it publishes
 (`pipeline.store.Store.fence`) or at its next heartbeat, and stops. A record that it was writing in
@@ -274,46 +275,59 @@ def _job() -> str | None:
 
 
 class _Heart:
-    """Renews a lease from a thread, and interrupts the main thread if it is lost."""
+    """Renews a lease from a thread, and interrupts the main thread if it is lost. A second thread
+    looks at the time, for a store may let the first one wait for ever."""
 
     def __init__(self, store: Store, lease: Lease) -> None:
         self.lost: LeaseLostError | None = None
         self._store, self._lease = store, lease
+        self._interval = lease.ttl / _BEATS
+        self._silent = 0
+        """Intervals since the last heartbeat; a process that was suspended counts one."""
+        self._why = "the store does not answer"
         self._stop = threading.Event()
         self._main = threading.get_ident()
         self._interrupts = threading.current_thread() is threading.main_thread()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._threads = [
+            threading.Thread(target=work, name="lease", daemon=True)
+            for work in (self._beat, self._watch)
+        ]
 
     def start(self) -> None:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
         """End the heartbeat and release the lease, if it is still ours. A store that cannot be
         reached is no error here: the lease will expire."""
         self._stop.set()
-        self._thread.join()
-        if self.lost is None:
+        for thread in self._threads:
+            thread.join(self._interval)
+        if self.lost is None and not any(thread.is_alive() for thread in self._threads):
             with suppress(CapfiltError):
                 self._renew(released=True)
 
     def _beat(self) -> None:
-        interval = self._lease.ttl / _BEATS
-        renewed = time.monotonic()
-        while not self._stop.wait(interval):
-            began = time.monotonic()
+        while not self._stop.wait(self._interval) and self.lost is None:
             try:
                 self._renew()
-                renewed = began
+                self._silent = 0
             except LeaseLostError as error:
-                self.lost = error
+                self._lose(error)
             except Exception as error:  # noqa: BLE001 - nothing may end the heartbeat unseen
-                # One who watches may take over a full time to live after the last heartbeat.
-                if time.monotonic() - renewed > self._lease.ttl - 2 * interval:
-                    self.lost = LeaseLostError(f"cannot renew the lease: {error}")
-            if self.lost is not None:
-                if self._interrupts:
-                    signal.pthread_kill(self._main, signal.SIGTERM)
-                return
+                self._why = str(error)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(self._interval) and self.lost is None:
+            self._silent += 1
+            # One who watches may take over a full time to live after the last heartbeat.
+            if self._silent >= _BEATS - 1:
+                self._lose(LeaseLostError(f"cannot renew the lease: {self._why}"))
+
+    def _lose(self, error: LeaseLostError) -> None:
+        self.lost = error
+        if self._interrupts:
+            signal.pthread_kill(self._main, signal.SIGTERM)
 
     def _renew(self, released: bool = False) -> None:
         self._store.fenced(self._lease.token).fence()

@@ -307,6 +307,22 @@ def test_a_driver_that_cannot_renew_its_lease_stops(
         threading.Event().wait(30)
 
 
+def test_a_driver_whose_store_never_answers_stops(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that renews waits in a call that does not return."""
+    hanging = threading.Event()
+    with (
+        pytest.raises(LeaseLostError, match="cannot renew the lease: the store does not answer"),
+        held(store, silent, TTL),
+    ):
+        monkeypatch.setattr(Store, "write_bytes", lambda *_: hanging.wait(30))
+        threading.Event().wait(30)
+    hanging.set()
+    monkeypatch.undo()
+    assert not current(store).released
+
+
 def test_a_damaged_lease_is_one_line(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.create(lease_name(3), b"{")
