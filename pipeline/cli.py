@@ -256,10 +256,10 @@ def _print_figures(run: str) -> None:
     from pipeline.terminal import console, json_wanted
 
     if not json_wanted():
-        from pipeline.status import print_figures, read_status
+        from pipeline.status import print_figures, read_figures
         from pipeline.store import Store
 
-        print_figures(read_status(Store(run)), console(sys.stdout))
+        print_figures(read_figures(Store(run)), console(sys.stdout))
 
 
 def _do_schedule(options: argparse.Namespace) -> int:

@@ -29,6 +29,9 @@ _KEY_METRICS = (
 )
 """(split, model, metric) worth a line; of the split ``truth`` all are."""
 
+_MEASURING = ("ledger", "evaluate", "audit")
+"""Stages whose output holds a round's figures."""
+
 Key = tuple[str, str, str]
 
 
@@ -55,17 +58,23 @@ class StageStatus:
 
 
 @dataclass(frozen=True)
-class RoundStatus:
-    """One round that was begun."""
+class Figures:
+    """What a round has come to."""
 
     number: int
-    stages: tuple[StageStatus, ...]
-    verdicts: Mapping[str, Mapping[str, Any]]
-    """Model → the gate's verdict; empty before the gate."""
     metrics: Mapping[Key, float]
     """(split, model, metric) → value."""
     pairs: Mapping[tuple[str, str], int]
     """(source, state) → pairs, from the ledger."""
+
+
+@dataclass(frozen=True)
+class RoundStatus(Figures):
+    """One round that was begun."""
+
+    stages: tuple[StageStatus, ...]
+    verdicts: Mapping[str, Mapping[str, Any]]
+    """Model → the gate's verdict; empty before the gate."""
 
     @property
     def complete(self) -> bool:
@@ -132,6 +141,28 @@ def read_status(store: Store) -> RunStatus:
     )
 
 
+def read_figures(store: Store) -> list[Figures]:
+    """Of every round that was begun, from the few records that hold them, however many shards
+    there are. Raises as `read_status`."""
+    published = store.record_names()
+    found = []
+    for round_ in read_rounds(store):
+        records = {
+            stage: store.read_records(published.intersection(round_.records.get(stage, ())))
+            for stage in _MEASURING
+        }
+        found.append(_figures_of(store, round_, records))
+    return found
+
+
+def _figures_of(store: Store, round_: Round, records: Mapping[str, Sequence[Record]]) -> Figures:
+    return Figures(
+        number=round_.number,
+        metrics=_metrics(store, [*records.get("evaluate", ()), *records.get("audit", ())]),
+        pairs=_pairs(store, records.get("ledger", ())),
+    )
+
+
 def _before(rounds: Sequence[Round]) -> Iterator[set[str]]:
     """For each round the records that earlier rounds had."""
     seen: set[str] = set()
@@ -152,12 +183,13 @@ def _round(
         for stage, names in round_.records.items()
         if stage != "sources"
     )
+    figures = _figures_of(store, round_, found)
     return RoundStatus(
-        number=round_.number,
+        number=figures.number,
+        metrics=figures.metrics,
+        pairs=figures.pairs,
         stages=stages,
         verdicts=_verdicts(store, found.get("gate", ())),
-        metrics=_metrics(store, [*found.get("evaluate", ()), *found.get("audit", ())]),
-        pairs=_pairs(store, found.get("ledger", ())),
     )
 
 
@@ -234,7 +266,7 @@ def print_status(status: RunStatus, out: Console) -> None:
         _print_round(round_, out)
     out.print()
     out.print(Text(f"next: {status.next}"))
-    print_figures(status, out)
+    print_figures(status.rounds, out)
 
 
 def _planned(status: RunStatus) -> int:
@@ -266,18 +298,18 @@ def _print_round(round_: RoundStatus, out: Console) -> None:
         out.print(Text(f"{clean(model)}: {clean(verdict.get('reason', ''))}"))
 
 
-def print_figures(status: RunStatus, out: Console) -> None:
+def print_figures(rounds: Sequence[Figures], out: Console) -> None:
     """Pairs by state and the key metrics, a column a round. Nothing where there are none."""
-    columns = [f"round {round_.number}" for round_ in status.rounds]
+    columns = [f"round {round_.number}" for round_ in rounds]
     numbers = frozenset(columns)
     pairs = grid("pairs", *columns, right=numbers)
-    for key in sorted({key for round_ in status.rounds for key in round_.pairs}):
-        counts = [round_.pairs.get(key) for round_ in status.rounds]
+    for key in sorted({key for round_ in rounds for key in round_.pairs}):
+        counts = [round_.pairs.get(key) for round_ in rounds]
         cells = [Text("" if count is None else f"{count:,}") for count in counts]
         pairs.add_row(Text(clean(" ".join(key))), *cells)
     metrics = grid("metric", *columns, right=numbers)
-    for metric in _shown(status.rounds):
-        values = [round_.metrics.get(metric) for round_ in status.rounds]
+    for metric in _shown(rounds):
+        values = [round_.metrics.get(metric) for round_ in rounds]
         metrics.add_row(Text(clean(" ".join(metric))), *map(Text, _figures(values)))
     for table in (pairs, metrics):
         if table.row_count:
@@ -285,7 +317,7 @@ def print_figures(status: RunStatus, out: Console) -> None:
             out.print(table)
 
 
-def _shown(rounds: Sequence[RoundStatus]) -> list[Key]:
+def _shown(rounds: Sequence[Figures]) -> list[Key]:
     known = dict.fromkeys(key for round_ in rounds for key in round_.metrics)
     truth = [key for key in known if key[0] == "truth"]
     return [*(key for key in _KEY_METRICS if key in known), *truth]

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.lease import held
 from pipeline.runfolder import read_rounds
-from pipeline.status import print_figures, print_status, read_status
+from pipeline.status import print_figures, print_status, read_figures, read_status
 from pipeline.store import Store
 from pipeline.terminal import console
 from stages.errors import StoreError
@@ -113,13 +113,25 @@ def test_time_between_two_tries_does_not_count(store: Store) -> None:
     assert stage.seconds == pytest.approx(5.0)
 
 
+def test_figures_are_read_without_the_records_of_shards(store: Store) -> None:
+    whole = read_status(store).rounds
+    for record in store.record_names():
+        if not any(f"stage={stage}/" in record for stage in ("ledger", "evaluate", "audit")):
+            Path(store.path(record)).write_text("{")
+    figures = read_figures(store)
+    assert [(f.number, f.metrics, f.pairs) for f in figures] == [
+        (r.number, r.metrics, r.pairs) for r in whole
+    ]
+    assert figures[1].pairs and figures[1].metrics
+
+
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     store.write_json("run.json", {"config": {"rounds": {"count": 2}}, "created": 0.0})
     status = read_status(store)
     assert status.rounds == () and status.next == "round 0"
     out = io.StringIO()
-    print_figures(status, console(out))
+    print_figures(status.rounds, console(out))
     assert out.getvalue() == ""
     assert any(line.endswith("0 of 3 rounds done") for line in shown(store))
 
