@@ -99,6 +99,13 @@ def _newcomers(
     return {min(new): new} if new else {}
 
 
+def begun_plan(store: Store, number: int) -> Any:
+    """plan.json of a round that has begun, else None. A round 0 without shards has not: released
+    models were measured, nothing more."""
+    plan = store.read_json(f"round={number:02d}/plan.json")
+    return plan if plan is not None and plan.get("shards") else None
+
+
 def shards_of_plan(begun: Any) -> Shards:
     """The shards that were fixed when the round of that plan.json began."""
     return {name: (kind, record) for name, (kind, record) in begun["shards"].items()}

@@ -120,7 +120,7 @@ class RoundPlan:
         records["gate"] = [gate]
         return {
             "round": self.number,
-            "shards": dict(self.shards),
+            "shards": {shard: list(source) for shard, source in self.shards.items()},
             "records": records,
             "tombstones": list(self.tombstones),
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.config import RunConfig
-from pipeline.course import Course, read_decision, shards_of_plan, without_round
+from pipeline.course import Course, begun_plan, read_decision, shards_of_plan, without_round
 from pipeline.plan import RoundPlan
 from pipeline.sources import known_shards, new_files
 from pipeline.store import Store
@@ -30,7 +30,7 @@ def preview(config: RunConfig, store: Store, world: str | None) -> Iterator[str]
     if config.first_round == 1 and course.released().record not in published:
         yield "released models: to be measured on the probes"
     for number in range(config.first_round, config.rounds.count + 1):
-        begun = store.read_json(f"round={number:02d}/plan.json")
+        begun = begun_plan(store, number)
         more = begun is None and waiting > 0
         shards = known if begun is None else shards_of_plan(begun)
         if not shards:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ import pyarrow.compute as pc
 
 from pipeline import copies, preflight, retry
 from pipeline.config import RunConfig, substitute
-from pipeline.course import Course, candidates, read_decision, shards_of_plan, without_round
+from pipeline.course import (
+    Course,
+    begun_plan,
+    candidates,
+    read_decision,
+    shards_of_plan,
+    without_round,
+)
 from pipeline.dag import BEFORE_COPIES, DatasetTask, print_of
 from pipeline.engine import placement
 from pipeline.engine.board import watched
@@ -28,9 +36,10 @@ from pipeline.engine.cluster import connected, look
 from pipeline.engine.data import run_shards
 from pipeline.engine.dataset import run_dataset
 from pipeline.engine.shard import payload
+from pipeline.engine.spread import SPREAD
 from pipeline.engine.train import run_training
 from pipeline.forget import catch_up
-from pipeline.lease import held, terminable
+from pipeline.lease import held
 from pipeline.plan import Model, RoundPlan
 from pipeline.preview import preview
 from pipeline.progress import Screen
@@ -42,6 +51,8 @@ from stages.gate import Decision, decide
 from stages.scenes.server import WorldServer
 from stages.scenes.world import build_world
 
+_LINKED = 1000
+"""Records of an earlier round that are held at once while they are published under this one."""
 _VERSIONS = ("ray", "torch", "transformers", "img2dataset", "pyarrow")
 
 
@@ -61,7 +72,7 @@ def run(
         check_places(config)
     store = Store(config.run)
     numbers = range(config.first_round, config.rounds.count + 1)
-    begun = all(store.exists(f"round={number:02d}/plan.json") for number in numbers)
+    begun = all(begun_plan(store, number) is not None for number in numbers)
     preflight.check(config, sources=not begun)
     if dry_run:
         with _world_at_hand(config, store) as (filled, world):
@@ -107,6 +118,7 @@ def opened(config: RunConfig, screen: Screen) -> Iterator[tuple[RunConfig, Store
         held(unfenced, screen.note) as store,
         sample_world(config, store) as (filled, world),
     ):
+        store.remove(SPREAD)  # what drivers that were killed have left
         catch_up(store)
         yield filled, store, world
 
@@ -115,8 +127,7 @@ def go_round(config: RunConfig, store: Store, screen: Screen, world: str | None)
     """Do all that the rounds up to ``rounds.count`` still need; called inside `opened`."""
     loop = _Loop(config, store, screen, world)
     loop.describe()
-    # Ray has a way of its own to end at SIGTERM, after which nothing could be told.
-    with connected(config.engine, _log_file(store), screen.note) as board, terminable():
+    with connected(config.engine, _log_file(store), screen.note) as board:
         loop.go(board)
 
 
@@ -199,13 +210,14 @@ class _Loop:
     def _plan(self, course: Course, number: int) -> tuple[RoundPlan, str]:
         """The round's plan. Its shards are fixed when it begins: files that arrive later wait
         for the next round, so that a resumed round is the round that was begun."""
-        path = f"round={number:02d}/plan.json"
-        begun = self._store.read_json(path)
+        begun = begun_plan(self._store, number)
         if begun is None:
             catch_up(self._store)  # with what the round before has downloaded
         shards = ingest(self._config, self._store) if begun is None else shards_of_plan(begun)
         plan, gate = course.plan(number, begun, shards)
-        self._store.write_json(path, plan.document(gate))
+        document = plan.document(gate)
+        if document != begun:
+            self._store.write_json(f"round={number:02d}/plan.json", document)
         return plan, gate
 
     def _round(self, plan: RoundPlan) -> None:
@@ -246,20 +258,19 @@ class _Loop:
         """Publish under this round what an earlier round made by the very same work."""
         published = self._store.record_names()
         earlier = {without_round(name): name for name in sorted(published)}
-        for job in plan.jobs(published):
-            for stage in job.todo:
-                name = job.records[stage]
-                same = earlier.get(without_round(name))
-                if same is not None:
-                    record = self._store.read_record(same)
-                    self._store.publish(record.model_copy(update={"round": plan.number}))
+        wanted = [job.records[stage] for job in plan.jobs(published) for stage in job.todo]
+        same = (earlier[short] for name in wanted if (short := without_round(name)) in earlier)
+        while some := set(islice(same, _LINKED)):
+            found = self._store.read_records(some)
+            self._store.publish_all(r.model_copy(update={"round": plan.number}) for r in found)
 
     # ---- models ------------------------------------------------------------------------------
 
     def _measure_released(self, task: DatasetTask) -> None:
         """Evaluate the models that the config gives."""
         self._screen.begin_round(0, "released models")
-        self._dataset(task)
+        with watched(self._board, self._screen.update):
+            self._dataset(task)
         plan = {"round": 0, "shards": {}, "records": {task.name: [task.record]}}
         self._store.write_json("round=00/plan.json", plan)
 

@@ -41,9 +41,10 @@ def fire(config: RunConfig, screen: Screen) -> bool:
 def due(config: RunConfig, store: Store, shards: Shards, screen: Screen) -> int | None:
     """The round that a firing must end or begin, or None. ``shards`` are all that are cut.
 
-    Round 0, where the run starts from nothing, is part of round 1.
+    Round 0, where the run starts from nothing, is part of round 1; where it starts from released
+    models, that of their measurement has no shards.
     """
-    rounds = read_rounds(store)
+    rounds = [round_ for round_ in read_rounds(store) if round_.shards]
     last = rounds[-1] if rounds else None
     if last is not None and last.number >= config.first_round:
         gate = last.records["gate"][0]

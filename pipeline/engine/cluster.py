@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -70,7 +72,8 @@ def connected(
     """
     _quieten(log_file)
     with _stderr_to(log_file):
-        _init(config)
+        with _own_end():
+            _init(config)
         try:
             context = ray.data.DataContext.get_current()
             context.enable_progress_bars = False
@@ -78,6 +81,18 @@ def connected(
             yield _board(tell)
         finally:
             ray.shutdown()
+
+
+@contextmanager
+def _own_end() -> Iterator[None]:
+    """SIGTERM does afterwards what it did before: Ray's way to end, which it sets when it joins a
+    cluster, lets nothing be told or released."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _board(tell: Callable[[str], None]) -> Any:

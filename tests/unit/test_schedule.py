@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, parse
+from pipeline.course import begun_plan
 from pipeline.preflight import check
 from pipeline.progress import Screen
 from pipeline.runfolder import read_rounds
@@ -101,6 +102,9 @@ def test_measured_released_models_are_no_round(store: Store) -> None:
     store.write_json("round=00/plan.json", {"round": 0, "shards": {}, "records": {}})
     assert asked(config(1, **RELEASED), store, shards)[0] == 1
     assert asked(config(10**6, **RELEASED), store, shards)[0] is None
+    # The same run folder, from nothing after all: that round 0 has not begun.
+    assert asked(config(1), store, shards)[0] == 1
+    assert begun_plan(store, 0) is None
 
 
 @pytest.fixture
