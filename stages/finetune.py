@@ -57,7 +57,8 @@ class CaptionerLosses(Losses):
 class FilterLosses(Losses):
     """ITC + ITM, the latter with up to ``count`` near-miss texts a pair, drawn from ``swaps``.
 
-    ITM stays one mean over all its rows, as if the near misses had been in its batch.
+    ITM stays one mean, as if the near misses had been in its batch, whose three rows a pair all
+    count here, also those for which no negative was found.
     """
 
     def __init__(self, med: Med, swaps: WordSwaps | None, count: int, seed: int, rank: int) -> None:

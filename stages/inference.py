@@ -36,8 +36,8 @@ class InferenceConfig(Config):
     most, or its speed stops it, and is the default's number on a CPU; what is found belongs to
     the shard, see `ModelStage.choices`."""
     precision: Literal["float32", "bfloat16", "int8"] = "float32"
-    """``bfloat16`` is what GPUs are fast in; ``int8`` rounds the linear layers on a CPU,
-    and is faster than floats on one with AVX-512."""
+    """``bfloat16`` is what GPUs are fast in; ``int8`` rounds the linear layers on a CPU, and is
+    faster than floats on one with AVX-512 VNNI; see `stages.models.linear.in_int8`."""
     device: Literal["auto", "cpu", "cuda"] = operational("auto")
     """``auto`` is the GPU where there is one."""
     threads: int = operational(1, ge=1)

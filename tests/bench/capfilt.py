@@ -25,9 +25,10 @@ last lines say what captioning and scoring come to one after the other. The floo
 `tests.bench.floor`'s.
 
 With ``--exact`` the script checks instead that decoding steps as CUDA graphs give the tokens of
-eager ones, and counts the captions that another batch size changes, over 500 pictures unless
-``--images`` says otherwise, with ``--quick`` on tiny random weights and with ``--captioner`` on
-trained ones; with ``--store`` it captions and scores shards from store to store through the engine;
+eager ones, and counts the captions that another batch size, and on a CPU int8, change, over 500
+pictures unless ``--images`` says otherwise, with ``--quick`` on tiny random weights, with
+``--captioner`` on trained ones and with ``--pictures`` on those of a folder; with ``--store`` it
+captions and scores shards from store to store through the engine;
 with ``--memory N`` it watches the memory of caption, filter and embed stages over N images of
 640x480.
 """
@@ -48,6 +49,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import BlipConfig
 
 from stages.models.captioner import Captioner
@@ -225,10 +227,18 @@ def _line(row: dict[str, Any]) -> str:
     )
 
 
+def _pictures(folder: Path | None, count: int, quick: bool) -> list[Image.Image]:
+    if folder is None:
+        return decoded(count, quick)
+    files = sorted(file for file in folder.rglob("*") if file.suffix in (".jpg", ".png"))
+    return [Image.open(file).convert("RGB") for file in files[:count]]
+
+
 def exact(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
-    """Graphs against eager steps, and one batch size against another."""
-    images = decoded(options.images, options.quick)
+    """Graphs against eager steps, one batch size against another, and on a CPU int8 layers."""
+    images = _pictures(options.pictures, options.images, options.quick)
     size = options.batch[0]
+    small, rounds = max(1, size // 3), (options.device, options.dtype) == ("cpu", "float32")
     where = options.captioner or folder / "captioner", options.device, getattr(torch, options.dtype)
     captioner = Captioner(*where, size)
     rows: list[dict[str, object]] = []
@@ -238,13 +248,18 @@ def exact(options: argparse.Namespace, folder: Path) -> list[dict[str, object]]:
         for graphed in (True, False):
             captioner.graphed = graphed
             found[graphed] = captioner(images, config=config)
-        other = Captioner(*where, max(1, size // 3))(images, config=config)
-        for name, texts in (("eager", found[False]), (f"batch {max(1, size // 3)}", other)):
+        others = {"eager": found[False]}
+        others[f"batch {small}"] = Captioner(*where, small)(images, config=config)
+        if rounds:
+            others["int8"] = Captioner(*where, size, int8=True)(images, config=config)
+        for name, texts in others.items():
             differ = sum(a != b for a, b in zip(found[True], texts, strict=True))
             row = {"metric": f"{method}: captions that differ", "value": differ / len(images),
                    "unit": "share", "against": name, "ratio": None}  # fmt: skip
             rows.append(row)
-            print(f"{method:<8} graphs, batch {size} / {name}: {differ} of {len(images)} differ")
+            kinds = len({text for own in found[True] for text in own})
+            print(f"{method:<8} graphs, batch {size} / {name}: {differ} of {len(images)} differ; "
+                  f"{kinds} different captions")  # fmt: skip
     return rows
 
 
@@ -254,6 +269,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--images", type=int)
     parser.add_argument("--captioner", type=Path, help="a folder of trained weights, for --exact")
+    parser.add_argument("--pictures", type=Path, help="a folder of pictures, for --exact")
     parser.add_argument("--batch", type=int, nargs="+", metavar="N")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--resize-threads", type=int, metavar="N")

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import os
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -213,8 +214,14 @@ class MeetingTask(FakeTask):
             wait_for_three(marks)
 
 
+def own_end(number: int, frame: object) -> None:
+    """What the driver does at SIGTERM."""
+
+
 @pytest.fixture(scope="module")
-def board(tmp_path_factory):
+def board(request, tmp_path_factory):
+    before = signal.signal(signal.SIGTERM, own_end)
+    request.addfinalizer(lambda: signal.signal(signal.SIGTERM, before))
     with connected(EngineConfig(cpus=2), tmp_path_factory.mktemp("log") / "ray.log") as board:
         yield board
 
@@ -263,6 +270,11 @@ def run(store, shards, board, tasks):
 def statuses(store, records, shard="000000", stage="caption"):
     table = load(records[shard][stage], store)
     return dict(zip(table["sample_id"].to_pylist(), table["status"].to_pylist(), strict=True))
+
+
+def test_the_driver_ends_in_its_own_way(board):
+    """Ray's leaves without a word, and with another exit code."""
+    assert signal.getsignal(signal.SIGTERM) is own_end
 
 
 def test_more_operators_than_cpus_do_not_hang(tmp_path, board):
