@@ -47,15 +47,18 @@ class Board:
         self._begun[stage, shard] += 1
         self._notices.running[stage, shard] = time.time()
 
-    def end(self, stage: str, shard: str, counts: dict[str, int]) -> None:
+    def end(self, shard: str, work: Work) -> None:
+        """A shard's ``work`` is published. One call says all, for there are many."""
+        stage, counts = work.stage, work.counts
         self._begun.pop((stage, shard), None)
         self._notices.running.pop((stage, shard), None)
         self._notices.errors.pop((stage, shard), None)
         self._notices.done[stage] = self._notices.done.get(stage, 0) + 1
-        self._notices.ended.append((stage, shard, counts))
+        self._notices.ended.append((stage, shard, dict(counts)))
         known = self._notices.counts.setdefault(stage, {})
         for status, count in counts.items():
             known[status] = known.get(status, 0) + count
+        self.measured(work)
 
     def measured(self, work: Work) -> None:
         self._meters.emit(work)

@@ -105,10 +105,8 @@ class StageWorker:
                 raise
             return None
         counts, seconds = shards.count_by(output, "status"), time.time() - started
-        plan.board.end.remote(name, job.shard, counts)
-        plan.board.measured.remote(
-            metrics.Work(plan.store.root, name, seconds, counts, facts, metrics.gpu_bytes())
-        )
+        work = metrics.Work(plan.store.root, name, seconds, counts, facts, metrics.gpu_bytes())
+        plan.board.end.remote(job.shard, work)
         return output
 
     def _ask(self, *args: object) -> Any:
@@ -206,8 +204,7 @@ def _ends_alone(
         ray.get(board.error.remote(task.name, job.shard, "StoreError", _one_line(error)))
         return False
     record = store.read_record(job.records[task.name])
-    board.end.remote(record.stage, record.shard, record.counts)
-    board.measured.remote(metrics.of_record(store, record))
+    board.end.remote(record.shard, metrics.of_record(store, record))
     return True
 
 

@@ -42,6 +42,8 @@ class Captioner(InferenceModel):
     batches change a caption only where a rounding of the last bit moves a token's border. In
     bfloat16 that bit is coarse: logits between 8 and 16 lie 1/16 apart, so that words of nearly
     equal chances become equal, and which of them is the last of the ``top_k`` is left to torch.
+    Of 600 captions of a trained captioner, none differed between batches of 16 and of 5, in float32
+    or in bfloat16; int8 changed 22 (`tests/bench/capfilt.py`, ``--exact``).
 
     Raises `CheckpointError` where the folder holds no BLIP captioner.
     """
