@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.config import RunConfig, parse
 from pipeline.course import begun_plan
+from pipeline.engine.spread import SPREAD
 from pipeline.preflight import check
 from pipeline.progress import Screen
 from pipeline.runfolder import read_rounds
@@ -140,6 +141,14 @@ def test_before_the_first_file_there_is_no_round(waiting: RunConfig, tmp_path: P
         assert "sources.1.path: no file there yet" in said
     with pytest.raises(SourceError, match=r"sources\.0\.path: .*\*\.csv: no such file"):
         check(waiting)  # as `capfilt run` does
+
+
+def test_a_driver_clears_what_killed_ones_have_shared(waiting: RunConfig) -> None:
+    store = Store(waiting.run)
+    store.write_bytes(f"{SPREAD}/dedup-0/file", b"a sketch")
+    store.write_bytes("scratch/kept", b"a checkpoint")
+    fired(waiting)
+    assert [path for path in store.files() if path.startswith("scratch/")] == ["scratch/kept"]
 
 
 def test_models_are_opened_when_a_round_is_due(waiting: RunConfig, tmp_path: Path) -> None:
