@@ -60,9 +60,9 @@ class Int8Linear(nn.Module):
 
     y = (round(x / a) · round(W / b)ᵀ) · a · b + bias, with a and b the largest magnitude of the
     row over 127 (LLM.int8, Dettmers et al. 2022, section 2.1, vector-wise). The sum of products is
-    exact, so a row's result depends neither on the rows beside it nor on the CPU. One without
-    instructions for such products multiplies in float32, which is as exact, as large as float32
-    layers and a little slower.
+    exact up to 2^24, so a row's result depends neither on the rows beside it nor on the CPU. One
+    without instructions for such products multiplies in float32, which is as exact, as large as
+    float32 layers and a little slower. With `dtype` bfloat16 the result is rounded once more.
     """
 
     scale: Tensor
@@ -108,7 +108,11 @@ def multiplies_bfloat16() -> bool:
 
 class _IntProducts(nn.Module):
     """(N, inputs) levels in float32 → their products with the weight's, (N, outputs) float32: sums
-    of integers, rounded once."""
+    of integers, rounded once.
+
+    oneDNN multiplies unsigned by signed: levels are given to it as 1 to 255 around a zero of 128,
+    which it takes off again. Signed ones it multiplies fast with AMX only.
+    """
 
     def __init__(self, levels: Tensor) -> None:
         super().__init__()
@@ -121,7 +125,7 @@ class _IntProducts(nn.Module):
 
     def forward(self, levels: Tensor) -> Tensor:
         sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-            levels.to(torch.int8), 1.0, 0, self._packed, self._ones, self._zeros, None,
+            (levels + 128).to(torch.uint8), 1.0, 128, self._packed, self._ones, self._zeros, None,
             1.0, 0, torch.float32, "none", [], "",
         )  # fmt: skip
         return sums
@@ -162,7 +166,8 @@ _OVER_IMAGES = ("self_attn.qkv", *(f"crossattention.self.{x}" for x in ("query",
 
 def in_int8(module: M) -> M:
     """``module`` with `Int8Linear` in the place of every linear layer. Where the CPU is fast at it,
-    attention over images, which is then most of the work that is left, is in bfloat16."""
+    attention over images, which is then most of the work that is left, is in bfloat16; so what the
+    model gives depends on the CPU, as that of floats does."""
     rounded = with_linears(module, Int8Linear)
     for name, layer in rounded.named_modules():
         if isinstance(layer, Int8Linear) and name.endswith(_OVER_IMAGES) and multiplies_bfloat16():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,18 +57,20 @@ def test_a_cpu_without_products_of_integers_gives_the_same(
     inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.manual_seed(0)
-    linear, levels = nn.Linear(inputs, 24), torch.full((30, inputs), 127.0)
-    nn.init.ones_(linear.weight)
+    linear, levels = nn.Linear(inputs, 24), torch.randint(-127, 128, (30, inputs)).float()
+    linear.weight.data = torch.randint(-127, 128, (24, inputs)).float()
+    linear.weight.data[:, 0] = 127
     # Sums as large as they can become, and odd ones, which float32 has not from 2^24 on.
-    levels[:, 1] = torch.arange(30.0)
-    found = []
-    for capable in (True, False):
+    levels[0], linear.weight.data[0] = 127.0, 127.0
+    levels[0, 1] = 126.0
+    exact = levels.double() @ linear.weight.double().T
+    for capable in {multiplies_int8(), False}:
         monkeypatch.setattr("stages.models.linear.multiplies_int8", lambda known=capable: known)
-        found.append(Int8Linear(linear).products(levels))
-    assert found[0].dtype == found[1].dtype == torch.float32
-    assert torch.equal(*found)
-    exact = levels.double() @ torch.full((inputs, 24), 127.0).double()
-    assert torch.equal(found[0].double(), exact.float().double())
+        found = Int8Linear(linear).products(levels)
+        assert found.dtype == torch.float32
+        assert torch.equal(found[:, 1:].double(), exact[:, 1:])
+        # Shifted by the zero of 128, such sums are below 2^27, so rounded to 4 at most.
+        assert (found[:, 0] - exact[:, 0]).abs().max() <= 4
 
 
 @torch.inference_mode()
@@ -101,6 +106,41 @@ def test_attention_over_images_is_in_bfloat16_where_that_is_fast(
     assert found.dtype == torch.float32
     assert (found - exact).norm() < 0.03 * exact.norm()
     assert all(text for (text,) in captioner(random_images(8)))
+
+
+_ON_AN_OLDER_CPU = """
+import torch
+from torch import nn
+from stages.models.linear import Int8Linear
+torch.manual_seed(0)
+levels, linear = torch.randint(-127, 128, (300, 768)).float(), nn.Linear(768, 64)
+linear.weight.data = torch.randint(-127, 128, (64, 768)).float()
+linear.weight.data[:, 0] = 127
+with torch.inference_mode():
+    found = Int8Linear(linear).products(levels)
+assert torch.equal(found.double(), levels.double() @ linear.weight.double().T)
+"""
+
+
+@pytest.mark.skipif(not multiplies_int8(), reason="this CPU has no VNNI")
+@pytest.mark.parametrize("isa", ["AVX512_CORE_VNNI", "AVX512_CORE_BF16"])
+def test_no_cpu_with_vnni_falls_back_to_slow_products(isa: str) -> None:
+    """oneDNN's reference code takes a thousand times as long."""
+    known = {"ONEDNN_MAX_CPU_ISA": isa, "ONEDNN_VERBOSE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _ON_AN_OLDER_CPU],
+        env=os.environ | known,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    products = [line for line in done.stdout.splitlines() if ",exec,cpu," in line and "s8" in line]
+    multiplied = [line for line in products if ",reorder," not in line]
+    assert multiplied and not [line for line in multiplied if "ref" in line.split(",")[6]], (
+        multiplied
+    )
 
 
 def test_a_cpu_that_could_overflow_multiplies_in_floats(monkeypatch: pytest.MonkeyPatch) -> None:
