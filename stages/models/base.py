@@ -30,9 +30,10 @@ _MOST_THREADS = 16
 class InferenceModel:
     """Device, numbers and batch size of a model.
 
-    ``dtype``: of weights and activations. ``int8``: linear layers of the towers in 8-bit integers,
-    see `in_int8`; on a CPU, with ``dtype`` float32. ``batch_size``: images at once. It halves
-    where memory runs out, and nothing is lost. Raises `ConfigError` for ``int8`` elsewhere.
+    ``dtype``: of the towers' weights and activations. ``int8``: linear layers of the towers in
+    8-bit integers, see `in_int8`; on a CPU, with ``dtype`` float32. ``batch_size``: images at
+    once. It halves where memory runs out, and nothing is lost. Raises `ConfigError` for ``int8``
+    elsewhere.
     """
 
     preprocessing: Preprocessing

@@ -183,7 +183,7 @@ class _Med:
         self.vision = runs.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
         # In float32, as the matcher's.
         vision_proj = folder.linear("vision_proj.", vision.width, self.dim)
-        self.vision_proj = vision_proj.to(runs.device)
+        self.vision_proj = vision_proj.to(runs.device, torch.float32)
 
     def images(self, pixels: Tensor) -> Tensor:
         return cast(Tensor, self.vision_proj(self.vision(pixels, first_only=True)[:, 0].float()))
@@ -211,4 +211,4 @@ class _Med:
     @cached_property
     def _text_proj(self) -> torch.nn.Linear:
         text_proj = self.folder.linear("text_proj.", self.text.width, self.dim)
-        return text_proj.to(self.runs.device)
+        return text_proj.to(self.runs.device, torch.float32)

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ from PIL import Image
 from transformers import BlipForImageTextRetrieval
 
 from stages.errors import CheckpointError, ConfigError
+from stages.models.embedder import Embedder
 from stages.models.matcher import Matcher
 from stages.models.preprocessing import Preprocessing
 from tests import tiny_models
@@ -91,6 +93,22 @@ def test_logits_of_any_pairs_equal_transformers(
         assert (logits - expected).abs().max() < 1e-4
     same = (pairs == pairs[0]).all(dim=1)
     assert (ours[same] - ours[0]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_were_saved_in_half_precision_open_in_any(
+    model: BlipForImageTextRetrieval, matcher: Matcher, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    half = copy.deepcopy(model).to(torch.float16)
+    folder = tiny_models.save_blip(half, tmp_path / "half")
+    images, texts = random_images(3), [["a red cat"], ["two dogs", "a boat"], []]
+    exact, found = matcher.match(images, texts), Matcher(folder, dtype=dtype).match(images, texts)
+    for own, other in zip(exact, found, strict=True):
+        assert [a for pair in own for a in pair] == pytest.approx(
+            [b for pair in other for b in pair], abs=0.05
+        )
+    embedder = Embedder(folder, dtype=dtype)
+    assert embedder.embed_images(images).dtype == embedder.embed_texts(["a cat"]).dtype
 
 
 def test_the_matching_head_sees_enc(matcher: Matcher, model: BlipForImageTextRetrieval) -> None:
