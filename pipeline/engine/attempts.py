@@ -20,19 +20,17 @@ def gathered(submits: Sequence[Callable[[], Any]], attempts: int = ATTEMPTS) -> 
         RayTaskError: what a task raised; that is not tried again.
         RayError: the process, the node or the output of one was lost ``attempts`` times.
     """
-    running = [submit() for submit in submits]
-    return [
-        _persistently(submit, first, attempts)
-        for submit, first in zip(submits, running, strict=True)
-    ]
-
-
-def _persistently(submit: Callable[[], Any], running: Any, attempts: int) -> Any:
-    for _ in range(attempts - 1):
+    results: list[Any] = [None] * len(submits)
+    running = {submit(): (index, 1) for index, submit in enumerate(submits)}
+    while running:
+        (ended,), _ = ray.wait(list(running), num_returns=1)
+        index, attempt = running.pop(ended)
         try:
-            return ray.get(running)
+            results[index] = ray.get(ended)
         except RayTaskError:
             raise
         except RayError:
-            running = submit()
-    return ray.get(running)
+            if attempt >= attempts:
+                raise
+            running[submits[index]()] = index, attempt + 1
+    return results

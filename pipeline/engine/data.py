@@ -36,7 +36,10 @@ from stages.base import ShardStage
 from stages.removed import Removed
 
 _ROW = pa.schema([("job", pa.string()), ("carried", pa.map_(pa.string(), pa.large_binary()))])
-_MAX_PASSES_WITHOUT_PROGRESS = 2
+_PAUSES = (0.0,)
+"""Seconds before the next pass where one got nothing done; after the last, the run ends."""
+_STORE_PAUSES = (5.0, 20.0, 60.0)
+"""The same where the store failed."""
 
 
 @dataclass(frozen=True)
@@ -175,18 +178,42 @@ def run_shards(
         RunError: workers keep dying and nothing gets done.
     """
     stuck = 0
-    while jobs := [job for job in plan() if job.todo]:
-        before = sum(len(job.todo) for job in jobs)
-        ray.get(board.forget.remote())
-        failure = _one_pass(store, tasks, jobs, board, grows_to)
-        suspects = _suspects(board)
-        left = [job for job in plan() if job.todo]
-        alone = [job for job in left if (job.todo[0], job.shard) in suspects]
-        ended = [job for job in alone if _ends_alone(store, tasks, job, board, grows_to)]
-        progressed = ended or sum(len(job.todo) for job in left) < before
-        stuck = 0 if progressed else stuck + 1
-        if stuck >= _MAX_PASSES_WITHOUT_PROGRESS:
-            raise _nothing_done(board, failure)
+    while True:
+        try:
+            jobs = [job for job in plan() if job.todo]
+            if not jobs:
+                return
+            why = _work_on(store, tasks, jobs, plan, board, grows_to)
+        except errors.StoreError as error:
+            why = error
+        pauses = _STORE_PAUSES if isinstance(why, errors.StoreError) else _PAUSES
+        if why is None:
+            stuck = 0
+        elif stuck >= len(pauses):
+            raise why
+        else:
+            time.sleep(pauses[stuck])
+            stuck += 1
+
+
+def _work_on(
+    store: Store,
+    tasks: Sequence[ShardTask],
+    jobs: Sequence[ShardJob],
+    plan: Callable[[], Sequence[ShardJob]],
+    board: Any,
+    grows_to: Mapping[str, float] | None,
+) -> errors.CapfiltError | None:
+    """One pass, and what must be run alone after it. Returns why nothing got done, or None."""
+    ray.get(board.forget.remote())
+    failure = _one_pass(store, tasks, jobs, board, grows_to)
+    suspects = _suspects(board)
+    left = [job for job in plan() if job.todo]
+    alone = [job for job in left if (job.todo[0], job.shard) in suspects]
+    ended = [job for job in alone if _ends_alone(store, tasks, job, board, grows_to)]
+    if ended or sum(len(job.todo) for job in left) < sum(len(job.todo) for job in jobs):
+        return None
+    return _nothing_done(board, failure)
 
 
 def _ends_alone(

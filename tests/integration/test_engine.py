@@ -16,6 +16,7 @@ from ray.exceptions import WorkerCrashedError
 
 from pipeline.config import EngineConfig
 from pipeline.dag import ShardTask, plan_shards
+from pipeline.engine import data
 from pipeline.engine.attempts import ATTEMPTS, gathered
 from pipeline.engine.cluster import connected
 from pipeline.engine.data import run_shards
@@ -131,6 +132,8 @@ class FakeEmbed(FakeDownload):
 
 class NoWeights(FakeCaption):
     def setup(self) -> None:
+        if self.config.marks:
+            Path(self.config.marks, "asked").touch()
         raise CheckpointError("weights/: not a BLIP captioner")
 
 
@@ -164,11 +167,15 @@ class FakeTask(ShardTask):
 
 
 class Marked(FakeDownload):
-    """Leaves a mark for every shard, and takes its time."""
+    """Leaves a mark for every shard; after twenty it waits for the captioner to be asked."""
 
     def process(self, table: pa.Table) -> pa.Table:
-        (Path(self.config.marks) / table["sample_id"][0].as_py()).touch()
-        time.sleep(0.05)
+        marks, end = Path(self.config.marks), time.monotonic() + _PATIENCE
+        (marks / table["sample_id"][0].as_py()).touch()
+        while len(list(marks.iterdir())) > 20 and not (marks / "asked").exists():
+            assert time.monotonic() < end, "nobody asked for the captioner"
+            time.sleep(0.05)
+        time.sleep(0.2)
         return super().process(table)
 
 
@@ -359,13 +366,15 @@ def test_an_error_of_the_user_ends_a_long_pass_at_once(tmp_path, board):
     shards = make_shards(store, [[f"s{n}"] for n in range(200)])
     # Every download says so by a mark, of which one a shard would be 200.
     download = Slow("download", 1, Fake(cpus=0.5, marks=str(marks)))
-    tasks = [download, FakeTask("caption", 1, Fake(cpus=0.5), weights="none")]
+    caption = FakeTask("caption", 1, Fake(cpus=0.5, marks=str(marks)), weights="none")
+    tasks = [download, caption]
     with pytest.raises(CheckpointError, match="not a BLIP captioner"):
         run(store, shards, board, tasks)
     assert len(list(marks.iterdir())) < 100
 
 
-def test_a_store_that_fails_for_a_while_is_asked_again(tmp_path, board):
+def test_a_store_that_fails_for_a_while_is_asked_again(tmp_path, board, monkeypatch):
+    monkeypatch.setattr(data, "_STORE_PAUSES", (0.0,))
     store = Store(str(tmp_path / "run"))
     shards = make_shards(store, [["a"], ["b"], ["c"]])
     tasks = [FakeTask("download", 1, Fake()), Unsteady("caption", 1, Fake(marks=str(tmp_path)))]
@@ -375,7 +384,26 @@ def test_a_store_that_fails_for_a_while_is_asked_again(tmp_path, board):
     assert (tmp_path / "failed").exists()
 
 
-def test_a_store_that_goes_on_failing_ends_the_run_as_itself(tmp_path, board):
+@pytest.mark.parametrize("good", [0, 1, 3])
+def test_a_store_that_the_driver_cannot_read_is_asked_again(tmp_path, board, monkeypatch, good):
+    """As when it fails for all: the driver's own listing, after ``good`` of them, meets it too."""
+    monkeypatch.setattr(data, "_STORE_PAUSES", (0.0, 0.0))
+    store, listed = Store(str(tmp_path / "run")), []
+    shards = make_shards(store, [["a"], ["b"]])
+    tasks = [FakeTask("download", 1, Fake())]
+
+    def plan():
+        listed.append(len(listed))
+        if good <= listed[-1] < good + 2:
+            raise StoreError("the store is away")
+        return plan_shards(tasks, shards, store.record_names(), {})
+
+    run_shards(store, tasks, plan, board)
+    assert sum("/stage=download/" in name for name in store.record_names()) == 2
+
+
+def test_a_store_that_goes_on_failing_ends_the_run_as_itself(tmp_path, board, monkeypatch):
+    monkeypatch.setattr(data, "_STORE_PAUSES", (0.0, 0.0))
     store = Store(str(tmp_path / "run"))
     shards = make_shards(store, [["a"], ["b"]])
     tasks = [Unsteady("download", 1, Fake(marks=str(tmp_path / "nowhere")))]
