@@ -282,10 +282,11 @@ class _Heart:
         self.lost: LeaseLostError | None = None
         self._store, self._lease = store, lease
         self._interval = lease.ttl / _BEATS
-        self._silent = 0
-        """Intervals since the last heartbeat; a process that was suspended counts one."""
+        self._passed = self._renewed = 0
+        """Intervals that have passed, and had when the last good heartbeat was sent. Time in which
+        the process was suspended counts as one."""
         self._why = "the store does not answer"
-        self._stop = threading.Event()
+        self._stop, self._lock = threading.Event(), threading.Lock()
         self._main = threading.get_ident()
         self._interrupts = threading.current_thread() is threading.main_thread()
         self._threads = [
@@ -300,7 +301,8 @@ class _Heart:
     def stop(self) -> None:
         """End the heartbeat and release the lease, if it is still ours. A store that cannot be
         reached is no error here: the lease will expire."""
-        self._stop.set()
+        with self._lock:  # from here on nobody signals
+            self._stop.set()
         for thread in self._threads:
             thread.join(self._interval)
         if self.lost is None and not any(thread.is_alive() for thread in self._threads):
@@ -309,9 +311,10 @@ class _Heart:
 
     def _beat(self) -> None:
         while not self._stop.wait(self._interval) and self.lost is None:
+            sent = self._passed
             try:
                 self._renew()
-                self._silent = 0
+                self._renewed = sent
             except LeaseLostError as error:
                 self._lose(error)
             except Exception as error:  # noqa: BLE001 - nothing may end the heartbeat unseen
@@ -319,15 +322,18 @@ class _Heart:
 
     def _watch(self) -> None:
         while not self._stop.wait(self._interval) and self.lost is None:
-            self._silent += 1
+            self._passed += 1
             # One who watches may take over a full time to live after the last heartbeat.
-            if self._silent >= _BEATS - 1:
+            if self._passed - self._renewed >= _BEATS - 1:
                 self._lose(LeaseLostError(f"cannot renew the lease: {self._why}"))
 
     def _lose(self, error: LeaseLostError) -> None:
-        self.lost = error
-        if self._interrupts:
-            signal.pthread_kill(self._main, signal.SIGTERM)
+        with self._lock:
+            if self.lost is not None or self._stop.is_set():
+                return
+            self.lost = error
+            if self._interrupts:
+                signal.pthread_kill(self._main, signal.SIGTERM)
 
     def _renew(self, released: bool = False) -> None:
         self._store.fenced(self._lease.token).fence()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 import signal
@@ -311,16 +312,42 @@ def test_a_driver_whose_store_never_answers_stops(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread that renews waits in a call that does not return."""
-    hanging = threading.Event()
+    hanging, written = threading.Event(), []
+
+    def hang(_: Store, relative: str, data: bytes) -> None:
+        written.append(data)
+        hanging.wait(30)
+
     with (
         pytest.raises(LeaseLostError, match="cannot renew the lease: the store does not answer"),
         held(store, silent, TTL),
     ):
-        monkeypatch.setattr(Store, "write_bytes", lambda *_: hanging.wait(30))
+        monkeypatch.setattr(Store, "write_bytes", hang)
         threading.Event().wait(30)
     hanging.set()
-    monkeypatch.undo()
-    assert not current(store).released
+    assert len(written) == 1 and not json.loads(written[0])["released"]
+
+
+def test_a_lease_that_is_lost_too_late_harms_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last heartbeat is on its way when the run is over, and then says that it is lost."""
+    store, waiting, told = Store(str(tmp_path)), threading.Event(), threading.Event()
+
+    def late(_: Store) -> None:
+        waiting.set()
+        time.sleep(4 * TTL / lease._BEATS)
+        told.set()
+        raise LeaseLostError("too late")
+
+    with held(store, silent, TTL):
+        monkeypatch.setattr(Store, "fence", late)
+        assert waiting.wait(30)
+    signals: list[object] = []
+    monkeypatch.setattr(signal, "pthread_kill", lambda *them: signals.append(them))
+    assert told.wait(30)
+    time.sleep(0.1)
+    assert signals == [] and not current(store).released
 
 
 def test_a_damaged_lease_is_one_line(tmp_path: Path) -> None:
