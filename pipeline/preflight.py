@@ -117,7 +117,7 @@ def _models(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], objec
 
 
 def _inits(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], object]]]:
-    from stages.models.checkpoints import load_med
+    from stages.models.checkpoints import check_patches, load_med
     from stages.models.text import fitted_to, load_tokenizer
     from stages.models.towers import text_start, vision_start
 
@@ -125,8 +125,8 @@ def _inits(config: RunConfig) -> Iterator[tuple[str, str, Callable[[str], object
     if pretrain.init is not None:
         yield "pretrain.init", pretrain.init, lambda ref: load_med(ref, pretrain.model)
         for name in ("captioner", "filter"):
-            training = getattr(config.finetune, name).med_config()
-            yield f"finetune.{name}", pretrain.init, partial(load_med, config=training)
+            size = getattr(config.finetune, name).image_size
+            yield f"finetune.{name}", pretrain.init, partial(check_patches, size=size)
     if pretrain.init_vision is not None:
         vision = pretrain.model.vision
         yield "pretrain.init_vision", pretrain.init_vision, lambda ref: vision_start(ref, vision)

@@ -151,13 +151,8 @@ def load_med(source: str | Path, config: MedConfig | None = None) -> Med:
     vision, text, projection_dim = folder.blip()
     text = fitted_to(text, load_tokenizer(folder.path))
     if config is not None:
-        size = config.vision.image_size
-        if size % vision.patch_size:
-            raise ConfigError(
-                f"image_size {size} is no multiple of the {vision.patch_size} pixels of a patch "
-                f"of {source}"
-            )
-        vision = vision.model_copy(update={"image_size": size})
+        check_patches(source, config.vision.image_size)
+        vision = vision.model_copy(update={"image_size": config.vision.image_size})
         text = text.model_copy(update={"dropout": config.text.dropout})
     parts = {"vision": vision, "text": text, "projection_dim": projection_dim}
     med = Med((config or MedConfig()).model_copy(update=parts))
@@ -166,6 +161,16 @@ def load_med(source: str | Path, config: MedConfig | None = None) -> Med:
         tensors |= load_file(folder.path / MOMENTUM)
     load_tensors(med, tensors, source)
     return med
+
+
+def check_patches(source: str | Path, size: int) -> None:
+    """Raises ConfigError where images of ``size`` pixels are not whole patches of the BLIP in
+    ``source``."""
+    patch = ModelFolder.open(source).blip()[0].patch_size
+    if size % patch:
+        raise ConfigError(
+            f"image_size {size} is no multiple of the {patch} pixels of a patch of {source}"
+        )
 
 
 def save_med(
