@@ -310,7 +310,7 @@ def print_figures(rounds: Sequence[Figures], out: Console) -> None:
     metrics = grid("metric", *columns, right=numbers)
     for metric in _shown(rounds):
         values = [round_.metrics.get(metric) for round_ in rounds]
-        metrics.add_row(Text(clean(" ".join(metric))), *map(Text, _figures(values)))
+        metrics.add_row(Text(clean(" ".join(metric))), *map(Text, _written(values)))
     for table in (pairs, metrics):
         if table.row_count:
             out.print()
@@ -323,7 +323,7 @@ def _shown(rounds: Sequence[Figures]) -> list[Key]:
     return [*(key for key in _KEY_METRICS if key in known), *truth]
 
 
-def _figures(values: Sequence[float | None]) -> list[str]:
+def _written(values: Sequence[float | None]) -> list[str]:
     """One metric over the rounds: counts without decimals, shares with three."""
     numbers = [value for value in values if value is not None and isfinite(value)]
     counts = all(value.is_integer() for value in numbers) and any(v > 1 for v in numbers)

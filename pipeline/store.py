@@ -315,7 +315,8 @@ class Store:
         return self._publish(record)
 
     def publish_all(self, records: Iterable[Record]) -> None:
-        """`publish` each of them, many at once: a remote store answers each after a while."""
+        """`publish` each of them, many at once: a remote store answers each after a while. An
+        interrupt waits for those that are under way."""
         waiting = iter(records)
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             while some := list(islice(waiting, 16 * _AT_ONCE)):
