@@ -75,8 +75,9 @@ def test_sizes_that_are_not_given(given: list[str], images: int, batch: list[int
 
 
 def test_graphs_and_batch_shapes_are_compared(tmp_path: Path) -> None:
+    """And on a CPU, captions of int8 layers."""
     found = rows(tmp_path, "--exact")
-    assert [row["against"] for row in found] == ["eager", "batch 1"] * 3
+    assert [row["against"] for row in found] == ["eager", "batch 1", "int8"] * 3
     assert {row["value"] for row in found if row["against"] == "eager"} == {0.0}
 
 
