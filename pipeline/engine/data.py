@@ -36,6 +36,8 @@ from stages.base import ShardStage
 from stages.removed import Removed
 
 _ROW = pa.schema([("job", pa.string()), ("carried", pa.map_(pa.string(), pa.large_binary()))])
+_SHARDS_A_PASS = 50_000
+"""Ray keeps some 15 kB of every shard until a pass is over."""
 _PAUSES = (0.0,)
 """Seconds before the next pass where one got nothing done; after the last, the run ends."""
 _STORE_PAUSES = (5.0, 20.0, 60.0)
@@ -180,7 +182,7 @@ def run_shards(
     stuck = 0
     while True:
         try:
-            jobs = [job for job in plan() if job.todo]
+            jobs = _unfinished(plan)[:_SHARDS_A_PASS]
             if not jobs:
                 return
             why = _work_on(store, tasks, jobs, plan, board, grows_to)
@@ -208,12 +210,17 @@ def _work_on(
     ray.get(board.forget.remote())
     failure = _one_pass(store, tasks, jobs, board, grows_to)
     suspects = _suspects(board)
-    left = [job for job in plan() if job.todo]
+    given = {job.shard for job in jobs}
+    left = [job for job in _unfinished(plan) if job.shard in given]
     alone = [job for job in left if (job.todo[0], job.shard) in suspects]
     ended = [job for job in alone if _ends_alone(store, tasks, job, board, grows_to)]
     if ended or sum(len(job.todo) for job in left) < sum(len(job.todo) for job in jobs):
         return None
     return _nothing_done(board, failure)
+
+
+def _unfinished(plan: Callable[[], Sequence[ShardJob]]) -> list[ShardJob]:
+    return [job for job in plan() if job.todo]
 
 
 def _ends_alone(

@@ -384,6 +384,22 @@ def test_a_store_that_fails_for_a_while_is_asked_again(tmp_path, board, monkeypa
     assert (tmp_path / "failed").exists()
 
 
+def test_more_shards_than_a_pass_takes_are_done_in_several(tmp_path, board, monkeypatch):
+    monkeypatch.setattr(data, "_SHARDS_A_PASS", 2)
+    store, passes = Store(str(tmp_path / "run")), []
+    shards = make_shards(store, [["a"], ["broken"], ["b"], ["c", "deadly"], ["d"]])
+    one_pass = data._one_pass
+    monkeypatch.setattr(
+        data, "_one_pass", lambda *given: passes.append(len(given[2])) or one_pass(*given)
+    )
+    tasks = [FakeTask("download", 1, Fake()), FakeTask("caption", 1, Fake())]
+    records = run(store, shards, board, tasks)
+    assert max(passes) == 2 and sum(passes) >= 5
+    assert statuses(store, records, "000001") == {"broken": "quarantined"}
+    assert statuses(store, records, "000003") == {"c": "success", "deadly": "quarantined"}
+    assert statuses(store, records, "000004") == {"d": "success"}
+
+
 @pytest.mark.parametrize("good", [0, 1, 3])
 def test_a_store_that_the_driver_cannot_read_is_asked_again(tmp_path, board, monkeypatch, good):
     """As when it fails for all: the driver's own listing, after ``good`` of them, meets it too."""
