@@ -72,7 +72,7 @@ def connected(
     """
     _quieten(log_file)
     with _stderr_to(log_file):
-        with _own_end():
+        with _sigterm_kept():
             _init(config)
         try:
             context = ray.data.DataContext.get_current()
@@ -84,7 +84,7 @@ def connected(
 
 
 @contextmanager
-def _own_end() -> Iterator[None]:
+def _sigterm_kept() -> Iterator[None]:
     """SIGTERM does afterwards what it did before: Ray's way to end, which it sets when it joins a
     cluster, lets nothing be told or released."""
     before = signal.getsignal(signal.SIGTERM)

@@ -37,7 +37,7 @@ from stages.removed import Removed
 
 _ROW = pa.schema([("job", pa.string()), ("carried", pa.map_(pa.string(), pa.large_binary()))])
 _SHARDS_A_PASS = 50_000
-"""Ray keeps some 15 kB of every shard until a pass is over."""
+"""A driver grew by some 15 kB a shard within one pass (tests/bench/RESULTS.md)."""
 _PAUSES = (0.0,)
 """Seconds before the next pass where one got nothing done; after the last, the run ends."""
 _STORE_PAUSES = (5.0, 20.0, 60.0)

@@ -181,9 +181,8 @@ class _Med:
         self.folder, self.runs = folder, runs
         self.preprocessing = folder.preprocessing(vision.image_size, crop=False)
         self.vision = runs.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
-        # In float32, as the matcher's.
         vision_proj = folder.linear("vision_proj.", vision.width, self.dim)
-        self.vision_proj = vision_proj.to(runs.device, torch.float32)
+        self.vision_proj = vision_proj.to(runs.device)
 
     def images(self, pixels: Tensor) -> Tensor:
         return cast(Tensor, self.vision_proj(self.vision(pixels, first_only=True)[:, 0].float()))
@@ -211,4 +210,4 @@ class _Med:
     @cached_property
     def _text_proj(self) -> torch.nn.Linear:
         text_proj = self.folder.linear("text_proj.", self.text.width, self.dim)
-        return text_proj.to(self.runs.device, torch.float32)
+        return text_proj.to(self.runs.device)

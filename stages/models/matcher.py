@@ -92,15 +92,9 @@ class Matcher(InferenceModel):
         encoder = folder.part(lambda: TextStack(text), "text_encoder.", ignored=("pooler.",))
         self.vision = self.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
         self.encoder = self.place(encoder)
-        # In float32 whatever the towers' numbers: they cost nothing, and rounded to bfloat16 a
-        # probability near 0.5 would go in steps of 0.002.
-        self.vision_proj = folder.linear("vision_proj.", vision.width, width).to(
-            self.device, torch.float32
-        )
-        self.text_proj = folder.linear("text_proj.", text.width, width).to(
-            self.device, torch.float32
-        )
-        self.itm_head = folder.linear("itm_head.", text.width, 2).to(self.device, torch.float32)
+        self.vision_proj = folder.linear("vision_proj.", vision.width, width).to(self.device)
+        self.text_proj = folder.linear("text_proj.", text.width, width).to(self.device)
+        self.itm_head = folder.linear("itm_head.", text.width, 2).to(self.device)
 
     @torch.inference_mode()
     def match(
