@@ -21,12 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stages.models.absorbed import Absorbed
 from stages.models.config import TextConfig
 from stages.models.linear import gelu_of
 from stages.models.vision import initialise, run_layer, split_heads
 
 KeyValue = tuple[Tensor, Tensor]
 """Keys and values of one layer, each (batch, heads, positions, head width)."""
+ImageKV = Sequence[KeyValue] | Tensor
+"""What cross-attention reads: each layer's keys and values, or the (B, T, Dv) image tokens."""
 
 
 @dataclass
@@ -93,6 +96,7 @@ class _Attention(nn.Module):
         self.dropout = config.dropout
         self.self = _Projections(config, source_width)
         self.output = _ResidualOutput(config, config.width)
+        self.absorbed: Absorbed | None = None
 
     def key_value(self, source: Tensor) -> KeyValue:
         key, value = self.self.key(source), self.self.value(source)
@@ -101,14 +105,15 @@ class _Attention(nn.Module):
     def forward(
         self,
         states: Tensor,
-        key_value: KeyValue,
+        key_value: KeyValue | Tensor,
         mask: Tensor | None = None,
         causal: bool = False,
         guests: KeyValue | None = None,
     ) -> Tensor:
         """``key_value`` may have fewer rows than ``states``: then each of its rows serves the same
         number of consecutive rows of ``states``, as if repeated, without the copies. The last rows
-        of ``states`` use ``guests``, one row each, if there are any."""
+        of ``states`` use ``guests``, one row each, if there are any. A tensor is what keys and
+        values are made of, for `Absorbed`, which masks nothing."""
         query = self.self.query(states)
         if guests is None:
             mixed = self._mix(query, key_value, mask, causal)
@@ -118,7 +123,12 @@ class _Attention(nn.Module):
             mixed = torch.cat([self._mix(*part, mask, causal) for part in parts])
         return cast(Tensor, self.output(mixed, states))
 
-    def _mix(self, query: Tensor, key_value: KeyValue, mask: Tensor | None, causal: bool) -> Tensor:
+    def _mix(
+        self, query: Tensor, key_value: KeyValue | Tensor, mask: Tensor | None, causal: bool
+    ) -> Tensor:
+        if isinstance(key_value, Tensor):
+            assert self.absorbed is not None and mask is None and not causal
+            return cast(Tensor, self.absorbed(query, key_value))
         key, value = key_value
         shape = query.shape
         if key.shape[0] != shape[0]:
@@ -176,7 +186,7 @@ class _TextLayer(nn.Module):
         past: tuple[KeyValue, int] | None,
         first_only: bool,
         rows: Tensor | None,
-        image_kv: KeyValue | None,
+        image_kv: KeyValue | Tensor | None,
         guests: KeyValue | None,
     ) -> Tensor:
         states = self.self_attention(states, mask, causal, past, first_only)
@@ -217,6 +227,13 @@ class TextStack(nn.Module):
         """
         return [layer.crossattention.key_value(image_tokens) for layer in self.layers]
 
+    def absorb(self) -> None:
+        """Let `forward` take image tokens as ``image_kv``: see `Absorbed`. For inference, before
+        weights are rounded or laid out anew."""
+        for layer in self.layers:
+            attention = layer.crossattention
+            attention.absorbed = Absorbed(attention.self.key, attention.self.value, attention.heads)
+
     def new_cache(self, rows: int, capacity: int) -> Cache:
         """An empty cache for step-wise decoding of up to ``capacity`` positions, which `forward`
         fills in place."""
@@ -230,7 +247,7 @@ class TextStack(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         causal: bool = False,
-        image_kv: Sequence[KeyValue] | None = None,
+        image_kv: ImageKV | None = None,
         guests: Sequence[KeyValue] | None = None,
         cache: Cache | None = None,
         rows: Tensor | None = None,
@@ -243,7 +260,7 @@ class TextStack(nn.Module):
           padding. Under ``causal``, right-padded texts need none: no token sees a later one. The
           first position of a row must be a token.
         - ``image_kv``: from `cross_kv`, one row for each text; or N / k rows, each serving k
-          consecutive texts. None = text encoder.
+          consecutive texts; or the tokens that it is made of, after `absorb`. None = text encoder.
         - ``guests``: as ``image_kv``, one row for each of the last texts, which use it instead.
         - ``rows``: (M,) int64. The result has M rows, row i being text ``rows[i]``; what does not
           depend on the image is then computed once per text. ``image_kv`` counts M rows.
@@ -267,7 +284,7 @@ class TextStack(nn.Module):
                 (cache.layers[index], past) if cache is not None else None,
                 first_only and index == last,
                 rows if first else None,
-                image_kv[index] if image_kv is not None else None,
+                image_kv if image_kv is None or isinstance(image_kv, Tensor) else image_kv[index],
                 guests[index] if guests is not None else None,
             )
             if rows is not None and first and mask is not None and mask.shape[0] > 1:

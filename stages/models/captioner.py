@@ -7,9 +7,9 @@
     print(captioner([Image.open("cat.jpg")]))
 
 Opens unchanged transformers folders. An image is encoded once, and its cross-attention keys and
-values are computed once, for all of its captions and all decoding steps; self-attention keys and
-values are cached; an image leaves the batch when all of its captions are finished, of which the
-first ones decode padding until then.
+values are computed once, for all of its captions and all decoding steps, or not at all where few
+queries read them; self-attention keys and values are cached; an image leaves the batch when all of
+its captions are finished, of which the first ones decode padding until then.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 from stages.errors import ConfigError
+from stages.models.absorbed import few_queries
 from stages.models.base import InferenceModel
-from stages.models.blocks import KeyValue, LMHead, TextStack
+from stages.models.blocks import LMHead, TextStack
 from stages.models.config import GenerationConfig, TextConfig
 from stages.models.decoding import Decoding, GraphedDecoding, compacted
 from stages.models.folders import ModelFolder
@@ -66,6 +67,12 @@ class Captioner(InferenceModel):
         text = fitted_to(text, self.tokenizer)
         decoder = folder.part(lambda: TextStack(text), "text_decoder.bert.", ignored=("pooler.",))
         head = _head(folder, text, decoder)
+        self.few_queries = 0
+        """An image's queries up to which cross-attention reads its tokens, see `Absorbed`: none on
+        a GPU, whose memory is fast, or with int8, which makes keys and values in no time."""
+        if self.device.type == "cpu" and not int8:
+            decoder.absorb()
+            self.few_queries = few_queries(text.width // text.heads)
         self.vision = self.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
         self.decoder, self.head = self.place(decoder), self.place(head)
         self.graphed = self.device.type == "cuda"
@@ -123,7 +130,7 @@ class Captioner(InferenceModel):
         """
         tokens = self.vision(pixels.to(self.device, self.dtype))
         search = self._search(keys, config)
-        decoding = self._decoding(self.decoder.cross_kv(tokens), *search.ids.shape[1:])
+        decoding = self._decoding(tokens, *search.ids.shape[1:])
         order = torch.arange(len(pixels))
         result = torch.empty(search.ids.shape, dtype=torch.int64)
         logits = decoding.start(search.ids[0, 0, : search.length])
@@ -144,14 +151,16 @@ class Captioner(InferenceModel):
                 order = order[kept]
             logits = decoding.step(search.last)
 
-    def _decoding(self, image_kv: list[KeyValue], width: int, capacity: int) -> Decoding:
+    def _decoding(self, tokens: Tensor, width: int, capacity: int) -> Decoding:
+        if width * capacity <= self.few_queries:
+            return Decoding(self.decoder, self.head, tokens, width, capacity)
+        image_kv = self.decoder.cross_kv(tokens)
         if not self.graphed:
             return Decoding(self.decoder, self.head, image_kv, width, capacity)
-        graphs, images = self._graphs, len(image_kv[0][0])
-        shape = width, capacity
-        if graphs is None or (graphs.width, graphs.capacity) != shape or graphs.slots < images:
+        graphs, shape = self._graphs, (width, capacity)
+        if graphs is None or (graphs.width, graphs.capacity) != shape or graphs.slots < len(tokens):
             self._graphs = None  # its buffers must go before the new ones come
-            slots = max(images, self.batch_size)
+            slots = max(len(tokens), self.batch_size)
             graphs = self._graphs = GraphedDecoding(self.decoder, self.head, slots, *shape)
         graphs.begin(image_kv)
         return graphs

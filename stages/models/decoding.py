@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from stages.models.blocks import Cache, KeyValue, LMHead, TextStack
+from stages.models.blocks import Cache, ImageKV, KeyValue, LMHead, TextStack
 
 
 class Decoding:
@@ -18,13 +18,13 @@ class Decoding:
         self,
         decoder: TextStack,
         head: LMHead,
-        image_kv: list[KeyValue],
+        image_kv: ImageKV,
         width: int,
         capacity: int,
     ) -> None:
-        """``image_kv``: from `TextStack.cross_kv`, overwritten here; ``capacity``: most tokens."""
+        """``image_kv``: as `TextStack` takes it, overwritten here; ``capacity``: most tokens."""
         self.decoder, self.head, self.width = decoder, head, width
-        self.image_kv, self.images = image_kv, len(image_kv[0][0])
+        self.image_kv, self.images = image_kv, len(_tensors(image_kv)[0])
         self.cache: Cache = decoder.new_cache(self.images * width, capacity)
 
     def start(self, prompt: Tensor) -> Tensor:
@@ -46,20 +46,23 @@ class Decoding:
     def keep(self, order: Tensor) -> None:
         """Go on with images ``order`` alone, an order from `compacted`.
 
-        Only the images that move are copied: cross-attention keys and values are large.
+        Only the images that move are copied: what cross-attention reads is large.
         """
         slots = torch.arange(len(order), device=order.device)
         moved = order != slots
         holes, movers = slots[moved], order[moved]
-        for pair in self.image_kv:
-            for kept in pair:
-                kept[holes] = kept[movers]
+        for kept in _tensors(self.image_kv):
+            kept[holes] = kept[movers]
         columns = torch.arange(self.width, device=order.device)
         self.cache.reorder((order[:, None] * self.width + columns).flatten())
         self.images = len(order)
 
     def _logits(self, ids: Tensor, images: int) -> Tensor:
-        image_kv = [(key[:images], value[:images]) for key, value in self.image_kv]
+        image_kv: ImageKV
+        if isinstance(self.image_kv, Tensor):
+            image_kv = self.image_kv[:images]
+        else:
+            image_kv = [(key[:images], value[:images]) for key, value in self.image_kv]
         states = self.decoder(ids, causal=True, image_kv=image_kv, cache=self.cache)
         return cast(Tensor, self.head(states[:, -1])).float()
 
@@ -144,6 +147,13 @@ class GraphedDecoding(Decoding):
             run()
         self._pool = graph.pool()
         return graph.replay
+
+
+def _tensors(image_kv: ImageKV) -> list[Tensor]:
+    """All that it holds, each (images, …)."""
+    if isinstance(image_kv, Tensor):
+        return [image_kv]
+    return [tensor for pair in image_kv for tensor in pair]
 
 
 def compacted(going: Tensor) -> Tensor:

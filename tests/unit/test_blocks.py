@@ -55,6 +55,7 @@ class Case:
             torch.nn.init.normal_(parameter, std=0.2)
         self.stack = TextStack(TEXT).eval()
         self.stack.load_state_dict(self.their_text.bert.state_dict(), strict=True)
+        self.stack.absorb()
         self.head = LMHead(TEXT, self.stack.embeddings.word_embeddings).eval()
         # Files leave the tied matrix out; both names of the bias are there or one of them.
         head = self.their_text.cls.predictions.state_dict()
@@ -102,7 +103,8 @@ def test_text_encoder_equals_transformers(case: Case) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_grounded_stack_equals_transformers(case: Case, causal: bool) -> None:
     expected = case.theirs(case.ids, case.mask, decoder=causal)
-    for image_kv in (case.stack.cross_kv(case.tokens), case.stack.cross_kv(case.repeated)):
+    images = case.tokens, case.repeated
+    for image_kv in (*map(case.stack.cross_kv, images), *images):
         ours = case.stack(case.ids, case.mask, causal=causal, image_kv=image_kv)
         assert distance(ours, expected, case.mask) < TOLERANCE
 
@@ -144,14 +146,16 @@ def test_taken_rows_pass_their_gradients_back(case: Case) -> None:
     assert torch.equal(key.grad[:, 0, 0, 0], torch.tensor([1.0, 0.0, 2.0]))
 
 
+@pytest.mark.parametrize("absorbed", [False, True])
 @pytest.mark.parametrize("masked", [False, True])
-def test_decoding_in_steps_equals_one_forward(case: Case, masked: bool) -> None:
+def test_decoding_in_steps_equals_one_forward(case: Case, masked: bool, absorbed: bool) -> None:
     expected = case.their_text(
         case.ids,
         attention_mask=case.mask if masked else None,
         encoder_hidden_states=case.repeated,
     ).logits
-    kv, cache = case.stack.cross_kv(case.tokens), case.stack.new_cache(6, 9)
+    kv = case.tokens if absorbed else case.stack.cross_kv(case.tokens)
+    cache = case.stack.new_cache(6, 9)
     steps = []
     for start, end in ((0, 3), (3, 5), (5, 6), (6, 7)):
         mask = case.mask[:, :end] if masked else None

@@ -13,7 +13,6 @@ from transformers.generation import logits_process as theirs
 from stages.errors import CheckpointError, ConfigError
 from stages.models.captioner import Captioner
 from stages.models.config import GenerationConfig
-from stages.models.decoding import Decoding
 from stages.models.preprocessing import Preprocessing
 from stages.models.sampling import Rules, draw, nucleus, uniforms
 from tests import tiny_models
@@ -42,9 +41,12 @@ def folder(model: BlipForConditionalGeneration, tmp_path_factory: pytest.TempPat
     return tiny_models.save_blip(model, tmp_path_factory.mktemp("models") / "captioner")
 
 
-@pytest.fixture(scope="module")
-def captioner(folder: Path) -> Captioner:
-    return Captioner(folder, batch_size=64)
+@pytest.fixture(scope="module", params=["tokens", "keys"])
+def captioner(folder: Path, request: pytest.FixtureRequest) -> Captioner:
+    """One whose steps read the image tokens, and one whose steps read keys and values."""
+    captioner = Captioner(folder, batch_size=64)
+    captioner.few_queries = 1000 if request.param == "tokens" else 0
+    return captioner
 
 
 def generated(
@@ -118,13 +120,7 @@ def test_nucleus_draws_from_transformers_distributions(
     ids = captioner.generate(pixels, keys, config).flatten(0, 1)
     noise = torch.from_numpy(uniforms(5, keys, 2, 20)).flatten(0, 1)
     tokens = model.vision_model(pixels).last_hidden_state.repeat_interleave(2, dim=0)
-    decoding = Decoding(
-        captioner.decoder,
-        captioner.head,
-        captioner.decoder.cross_kv(captioner.vision(pixels)),
-        2,
-        20,
-    )
+    decoding = captioner._decoding(captioner.vision(pixels), 2, 20)
     logits = decoding.start(ids[0, :4])
     going = torch.ones(24, dtype=torch.bool)
     for length in range(4, 20):
@@ -166,6 +162,18 @@ def test_seed_key_and_caption_index_change_the_caption(captioner: Captioner) -> 
     assert sum(len(set(texts)) == 3 for texts in three) > 15
     other = captioner(image * 20, keys, GenerationConfig(seed=1))
     assert sum(a != b for a, b in zip(twenty, other, strict=True)) > 15
+
+
+def test_keys_and_values_are_made_for_many_queries_alone(folder: Path) -> None:
+    pixels = Preprocessing(size=32)(random_images(3))
+    captioner, int8 = Captioner(folder), Captioner(folder, int8=True)
+    tokens = captioner.vision(pixels)
+    head_width = captioner.decoder.config.width // captioner.decoder.config.heads
+    few = head_width * 3 // 2
+    assert captioner._decoding(tokens, 1, few).image_kv is tokens
+    assert isinstance(captioner._decoding(tokens, 1, few + 1).image_kv, list)
+    assert isinstance(captioner._decoding(tokens, 3, few // 2).image_kv, list)
+    assert isinstance(int8._decoding(tokens, 1, few).image_kv, list)
 
 
 @pytest.mark.parametrize("method", ["nucleus", "beam", "greedy"])
