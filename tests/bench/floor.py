@@ -79,7 +79,14 @@ def text_work(config: BlipConfig, tokens: int, *, grounded: bool) -> Work:
 
 
 def caption_work(
-    config: BlipConfig, prompt: int, new: int, batch: int, itemsize: int, key_itemsize: int
+    config: BlipConfig,
+    prompt: int,
+    new: int,
+    batch: int,
+    itemsize: int,
+    key_itemsize: int,
+    *,
+    absorbed: bool = False,
 ) -> tuple[Work, Work]:
     """One image captioned with ``new`` tokens behind ``prompt`` ones, in a batch of ``batch``: its
     encoding, and its decoding.
@@ -87,17 +94,35 @@ def caption_work(
     The last token is chosen, not fed: prompt + new - 1 go through the decoder, ``new`` through the
     language head, 2·(D² + D·V) each. Each of the ``new`` steps reads all weights of decoder and
     head once for the batch, ``itemsize`` bytes each, and the image's keys and values, 2·T·D a
-    layer of ``key_itemsize`` bytes, once.
+    layer of ``key_itemsize`` bytes, once. With ``absorbed``, as `stages.models.absorbed` has it,
+    nobody makes keys and values: a token costs `absorbed_work` instead, and a step reads 2·D·Dv
+    weights more a layer, and the image's tokens, T·Dv, once.
     """
-    t = config.text_config
+    t, seen = config.text_config, config.vision_config.hidden_size
     width, layers = t.hidden_size, t.num_hidden_layers
     head = width**2 + width * t.vocab_size
     weights = layers * (6 * width**2 + 2 * width * t.intermediate_size) + head
-    keys = layers * 2 * _tokens(config) * width
-    decoded = text_work(config, prompt + new - 1, grounded=True)
-    read = new * (itemsize * weights / batch + key_itemsize * keys)
-    steps = Work(2 * new * head, 0, read)
-    return vision_work(config) + image_keys_work(config), decoded + steps
+    read = layers * 2 * _tokens(config) * width
+    encoded, decoded = vision_work(config), Work(2 * new * head, 0, 0)
+    if absorbed:
+        weights += layers * 2 * width * seen
+        read = _tokens(config) * seen
+        decoded += absorbed_work(config, prompt + new - 1)
+    else:
+        encoded += image_keys_work(config)
+        decoded += text_work(config, prompt + new - 1, grounded=True)
+    return encoded, decoded + Work(0, 0, new * (itemsize * weights / batch + key_itemsize * read))
+
+
+def absorbed_work(config: BlipConfig, tokens: int) -> Work:
+    """``tokens`` tokens of one text over an image without keys and values: `text_work` with
+    attention 4·T·Dv·heads a token and layer over the image, and 4·D·Dv more."""
+    t, seen = config.text_config, config.vision_config.hidden_size
+    layers, width = t.num_hidden_layers, t.hidden_size
+    over_image = 4 * _tokens(config) * (seen * t.num_attention_heads - width)
+    return text_work(config, tokens, grounded=True) + Work(
+        layers * tokens * 4 * width * seen, layers * tokens * over_image, 0
+    )
 
 
 def filter_work(config: BlipConfig, lengths: tuple[int, ...]) -> tuple[Work]:

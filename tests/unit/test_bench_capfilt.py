@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from stages.filter import FilterStage
+from stages.models.captioner import Captioner
 from tests.bench import blip, capfilt, capfilt_engine, floor
 from tests.bench.capfilt_contenders import Setting
 
@@ -130,8 +131,9 @@ def test_int8_reads_its_keys_in_floats() -> None:
     assert (bytes_of[0] - keys) == 4 * (bytes_of[1] - keys)
 
 
-def test_the_count_of_flops_is_torchs_own() -> None:
+def test_the_count_of_flops_is_torchs_own(tmp_path: Path) -> None:
     """The floor's formulas against the FLOPs that torch counts while the real modules run."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import BlipForConditionalGeneration
 
@@ -145,4 +147,14 @@ def test_the_count_of_flops_is_torchs_own() -> None:
     with torch.inference_mode(), FlopCounterMode(display=False) as counted:
         model.text_decoder.bert(tokens, encoder_hidden_states=seen)
     work = floor.text_work(config, 7, grounded=True) + floor.image_keys_work(config)
+    assert counted.get_total_flops() == work.linear + work.attention
+    # In bfloat16 linear layers stay torch's own, and torch counts what its plain attention does.
+    captioner = Captioner(blip.save(tmp_path, tiny=True)[0], dtype=torch.bfloat16)
+    with (
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counted,
+    ):
+        captioner.decoder(tokens, image_kv=seen.bfloat16())
+    work = floor.absorbed_work(config, 7)
     assert counted.get_total_flops() == work.linear + work.attention
