@@ -127,7 +127,7 @@ class _Attention(nn.Module):
         self, query: Tensor, key_value: KeyValue | Tensor, mask: Tensor | None, causal: bool
     ) -> Tensor:
         if isinstance(key_value, Tensor):
-            assert self.absorbed is not None and mask is None and not causal
+            assert self.absorbed is not None and not self.training, "absorb() is for inference"
             return cast(Tensor, self.absorbed(query, key_value))
         key, value = key_value
         shape = query.shape
@@ -273,6 +273,11 @@ class TextStack(nn.Module):
         flag = causal and mask is None and input_ids.shape[1] > 1
         last = len(self.layers) - 1
         states = self.embeddings(input_ids, past)
+        seen: Sequence[KeyValue | Tensor | None]
+        if image_kv is None or isinstance(image_kv, Tensor):
+            seen = [image_kv] * len(self.layers)
+        else:
+            seen = image_kv
         for index, layer in enumerate(self.layers):
             first = index == 0
             states = run_layer(
@@ -284,7 +289,7 @@ class TextStack(nn.Module):
                 (cache.layers[index], past) if cache is not None else None,
                 first_only and index == last,
                 rows if first else None,
-                image_kv if image_kv is None or isinstance(image_kv, Tensor) else image_kv[index],
+                seen[index],
                 guests[index] if guests is not None else None,
             )
             if rows is not None and first and mask is not None and mask.shape[0] > 1:

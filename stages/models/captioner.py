@@ -67,12 +67,11 @@ class Captioner(InferenceModel):
         text = fitted_to(text, self.tokenizer)
         decoder = folder.part(lambda: TextStack(text), "text_decoder.bert.", ignored=("pooler.",))
         head = _head(folder, text, decoder)
-        self.few_queries = 0
-        """An image's queries up to which cross-attention reads its tokens, see `Absorbed`: none on
-        a GPU, whose memory is fast, or with int8, which makes keys and values in no time."""
-        if self.device.type == "cpu" and not int8:
+        # bfloat16 and int8 make keys and values fast where they are fast at all; on a GPU products
+        # are fast, and graphs need what they read in one place.
+        self.absorbs = self.device.type == "cpu" and dtype == torch.float32 and not int8
+        if self.absorbs:
             decoder.absorb()
-            self.few_queries = few_queries(text.width // text.heads)
         self.vision = self.place(folder.part(lambda: VisionTransformer(vision), "vision_model."))
         self.decoder, self.head = self.place(decoder), self.place(head)
         self.graphed = self.device.type == "cuda"
@@ -152,7 +151,9 @@ class Captioner(InferenceModel):
             logits = decoding.step(search.last)
 
     def _decoding(self, tokens: Tensor, width: int, capacity: int) -> Decoding:
-        if width * capacity <= self.few_queries:
+        """``tokens``: (B, T, Dv) of the images; they may be overwritten."""
+        few = width * capacity <= few_queries(tokens.shape[1], self.decoder.config)
+        if few and self.absorbs and not self.graphed:
             return Decoding(self.decoder, self.head, tokens, width, capacity)
         image_kv = self.decoder.cross_kv(tokens)
         if not self.graphed:

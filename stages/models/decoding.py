@@ -58,11 +58,7 @@ class Decoding:
         self.images = len(order)
 
     def _logits(self, ids: Tensor, images: int) -> Tensor:
-        image_kv: ImageKV
-        if isinstance(self.image_kv, Tensor):
-            image_kv = self.image_kv[:images]
-        else:
-            image_kv = [(key[:images], value[:images]) for key, value in self.image_kv]
+        image_kv = _first(self.image_kv, images)
         states = self.decoder(ids, causal=True, image_kv=image_kv, cache=self.cache)
         return cast(Tensor, self.head(states[:, -1])).float()
 
@@ -154,6 +150,12 @@ def _tensors(image_kv: ImageKV) -> list[Tensor]:
     if isinstance(image_kv, Tensor):
         return [image_kv]
     return [tensor for pair in image_kv for tensor in pair]
+
+
+def _first(image_kv: ImageKV, images: int) -> ImageKV:
+    if isinstance(image_kv, Tensor):
+        return image_kv[:images]
+    return [(key[:images], value[:images]) for key, value in image_kv]
 
 
 def compacted(going: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """The least time that the hardware needs, with the counting written out.
 
 FLOPs are those of the matrix products (a multiply-add is two); bytes are the weights that each
-decoding step must read again and the image's keys and values that each step reads. Norms, GELU,
-softmax and sampling count as free. Work comes in phases that must follow each other: an image is
-encoded before its caption is decoded. A phase takes FLOPs / matrix rate or bytes / copy bandwidth,
-whichever is longer, as if the shorter one hid behind it; the floor is the sum over the phases. Both
-rates are measured here, on the same machine and in the same run. That two batches could overlap,
-one being encoded while another is decoded, is not counted: nobody here does it.
+decoding step must read again and what each step reads of the image: its keys and values, or its
+tokens where these are cheaper (`stages.models.absorbed`). Norms, GELU, softmax and sampling count
+as free. Work comes in phases that must follow each other: an image is encoded before its caption is
+decoded. A phase takes FLOPs / matrix rate or bytes / copy bandwidth, whichever is longer, as if the
+shorter one hid behind it; the floor is the sum over the phases. Both rates are measured here, on
+the same machine and in the same run. That two batches could overlap, one being encoded while
+another is decoded, is not counted: nobody here does it.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def caption_work(
     new: int,
     batch: int,
     itemsize: int,
-    key_itemsize: int,
+    image_itemsize: int,
     *,
     absorbed: bool = False,
 ) -> tuple[Work, Work]:
@@ -94,7 +95,7 @@ def caption_work(
     The last token is chosen, not fed: prompt + new - 1 go through the decoder, ``new`` through the
     language head, 2·(D² + D·V) each. Each of the ``new`` steps reads all weights of decoder and
     head once for the batch, ``itemsize`` bytes each, and the image's keys and values, 2·T·D a
-    layer of ``key_itemsize`` bytes, once. With ``absorbed``, as `stages.models.absorbed` has it,
+    layer of ``image_itemsize`` bytes, once. With ``absorbed``, as `stages.models.absorbed` has it,
     nobody makes keys and values: a token costs `absorbed_work` instead, and a step reads 2·D·Dv
     weights more a layer, and the image's tokens, T·Dv, once.
     """
@@ -111,7 +112,7 @@ def caption_work(
     else:
         encoded += image_keys_work(config)
         decoded += text_work(config, prompt + new - 1, grounded=True)
-    return encoded, decoded + Work(0, 0, new * (itemsize * weights / batch + key_itemsize * read))
+    return encoded, decoded + Work(0, 0, new * (itemsize * weights / batch + image_itemsize * read))
 
 
 def absorbed_work(config: BlipConfig, tokens: int) -> Work:

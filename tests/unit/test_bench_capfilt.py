@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from stages.filter import FilterStage
-from stages.models.captioner import Captioner
+from stages.models.blocks import TextStack
+from stages.models.config import TextConfig
 from tests.bench import blip, capfilt, capfilt_engine, floor
 from tests.bench.capfilt_contenders import Setting
 
@@ -131,7 +132,7 @@ def test_int8_reads_its_keys_in_floats() -> None:
     assert (bytes_of[0] - keys) == 4 * (bytes_of[1] - keys)
 
 
-def test_the_count_of_flops_is_torchs_own(tmp_path: Path) -> None:
+def test_the_count_of_flops_is_torchs_own() -> None:
     """The floor's formulas against the FLOPs that torch counts while the real modules run."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
@@ -148,13 +149,29 @@ def test_the_count_of_flops_is_torchs_own(tmp_path: Path) -> None:
         model.text_decoder.bert(tokens, encoder_hidden_states=seen)
     work = floor.text_work(config, 7, grounded=True) + floor.image_keys_work(config)
     assert counted.get_total_flops() == work.linear + work.attention
-    # In bfloat16 linear layers stay torch's own, and torch counts what its plain attention does.
-    captioner = Captioner(blip.save(tmp_path, tiny=True)[0], dtype=torch.bfloat16)
-    with (
-        torch.inference_mode(),
-        sdpa_kernel(SDPBackend.MATH),
-        FlopCounterMode(display=False) as counted,
-    ):
-        captioner.decoder(tokens, image_kv=seen.bfloat16())
+
+    text = TextConfig(vocab_size=200, width=48, layers=2, heads=4, mlp_width=96, vision_width=32)
+    stack, seen = TextStack(text).eval(), torch.zeros(1, 17, 32)
+    stack.absorb()
+    # torch counts no fused attention on a CPU.
+    plain = sdpa_kernel(SDPBackend.MATH)
+    with torch.inference_mode(), plain, FlopCounterMode(display=False) as counted:
+        stack(tokens, image_kv=seen)
+    config.text_config.num_attention_heads = 4
+    config.vision_config.hidden_size = 32
     work = floor.absorbed_work(config, 7)
     assert counted.get_total_flops() == work.linear + work.attention
+
+
+def test_without_keys_a_step_reads_the_tokens_and_two_more_weights() -> None:
+    config = blip.config(tiny=True)
+    text, tokens = config.text_config, 17
+    seen = config.vision_config.hidden_size = 32
+    with_keys, without = (
+        [floor.caption_work(config, 3, 10, batch, 4, 2, absorbed=way)[1].bytes for batch in (1, 2)]
+        for way in (False, True)
+    )
+    shared = 2 * without[1] - without[0]  # what a larger batch does not spread
+    assert shared == 10 * 2 * tokens * seen
+    more = 10 * 4 * text.num_hidden_layers * 2 * text.hidden_size * seen
+    assert without[0] - shared == 2 * (with_keys[0] - with_keys[1]) + more

@@ -11,6 +11,8 @@ from transformers import BlipForConditionalGeneration
 from transformers.generation import logits_process as theirs
 
 from stages.errors import CheckpointError, ConfigError
+from stages.models import captioner as captioner_module
+from stages.models.absorbed import few_queries
 from stages.models.captioner import Captioner
 from stages.models.config import GenerationConfig
 from stages.models.preprocessing import Preprocessing
@@ -41,12 +43,19 @@ def folder(model: BlipForConditionalGeneration, tmp_path_factory: pytest.TempPat
     return tiny_models.save_blip(model, tmp_path_factory.mktemp("models") / "captioner")
 
 
-@pytest.fixture(scope="module", params=["tokens", "keys"])
-def captioner(folder: Path, request: pytest.FixtureRequest) -> Captioner:
-    """One whose steps read the image tokens, and one whose steps read keys and values."""
-    captioner = Captioner(folder, batch_size=64)
-    captioner.few_queries = 1000 if request.param == "tokens" else 0
-    return captioner
+@pytest.fixture(scope="module")
+def opened(folder: Path) -> Captioner:
+    return Captioner(folder, batch_size=64)
+
+
+@pytest.fixture(params=["tokens", "keys"])
+def captioner(
+    opened: Captioner, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Captioner:
+    """Its decoding steps read image tokens, or keys and values: so do those of all in the test."""
+    most = 1000 if request.param == "tokens" else 0
+    monkeypatch.setattr(captioner_module, "few_queries", lambda *_: most)
+    return opened
 
 
 def generated(
@@ -164,16 +173,20 @@ def test_seed_key_and_caption_index_change_the_caption(captioner: Captioner) -> 
     assert sum(a != b for a, b in zip(twenty, other, strict=True)) > 15
 
 
-def test_keys_and_values_are_made_for_many_queries_alone(folder: Path) -> None:
-    pixels = Preprocessing(size=32)(random_images(3))
-    captioner, int8 = Captioner(folder), Captioner(folder, int8=True)
-    tokens = captioner.vision(pixels)
-    head_width = captioner.decoder.config.width // captioner.decoder.config.heads
-    few = head_width * 3 // 2
+def test_few_queries_of_an_image_read_its_tokens(folder: Path) -> None:
+    captioner = Captioner(folder)
+    tokens = captioner.vision(Preprocessing(size=32)(random_images(3)))
+    few = int(few_queries(tokens.shape[1], captioner.decoder.config))
+    assert few > 4
     assert captioner._decoding(tokens, 1, few).image_kv is tokens
     assert isinstance(captioner._decoding(tokens, 1, few + 1).image_kv, list)
     assert isinstance(captioner._decoding(tokens, 3, few // 2).image_kv, list)
+    captioner.graphed = True
+    assert isinstance(captioner._decoding(tokens, 1, few).image_kv, list)
+    int8 = Captioner(folder, int8=True)
     assert isinstance(int8._decoding(tokens, 1, few).image_kv, list)
+    half = Captioner(folder, dtype=torch.bfloat16)
+    assert isinstance(half._decoding(tokens.bfloat16(), 1, few).image_kv, list)
 
 
 @pytest.mark.parametrize("method", ["nucleus", "beam", "greedy"])
