@@ -22,7 +22,7 @@ class Absorbed(nn.Module):
     leaves nothing of it; the weights p sum to one, so the value's bias is added as it is.
 
     All layers read the same T·Dv numbers, where a decoding step reads 2·T·D of each layer's keys
-    and values. Products are more a query and fewer an image: see `few_queries`.
+    and values. A query takes more products, and a token none: see `few_queries`.
     """
 
     key: Tensor
