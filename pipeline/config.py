@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from stages.assemble import AssembleConfig
 from stages.base import Config, Gpus, operational
@@ -55,6 +62,15 @@ class FinetuneConfigs(Config):
     filter: FilterFinetuneConfig = FilterFinetuneConfig()
 
 
+def _with_cpus(resources: dict[str, float]) -> dict[str, float]:
+    if resources.get("CPU", 0.0) <= 0:
+        raise ValueError("name the CPUs too, which every stage takes: {CPU: 96, GPU: 8}")
+    return resources
+
+
+Grown = dict[Annotated[str, StringConstraints(pattern="^(CPU|GPU)$")], float]
+
+
 class EngineConfig(Config):
     """Where the run happens. No fingerprint covers it; of all this, only another number of training
     workers changes a result, by the order of its sums and each worker's share of the data."""
@@ -65,7 +81,7 @@ class EngineConfig(Config):
     """CPUs of a local Ray; None takes all."""
     object_store_gb: float = Field(1.0, gt=0)
     """Shared memory of a local Ray, GiB."""
-    grows_to: dict[Annotated[str, StringConstraints(pattern="^(CPU|GPU)$")], float] | None = None
+    grows_to: Annotated[Grown, AfterValidator(_with_cpus)] | None = None
     """What an autoscaler may bring the cluster to, all nodes together, as ``{CPU: 96, GPU: 8}``.
     Then the sum of all CPUs and GPUs is held against that, but neither memory, nor kinds of GPU,
     nor what fits on one node, which nobody tells us; without it, all is held against the nodes

@@ -77,6 +77,7 @@ FIELDS: dict[str, dict[str, str]] = {
         "tolerations": "[Toleration]",
         "nodeSelector": "{str}",
         "serviceAccountName": "str",
+        "automountServiceAccountToken": "bool",
     },
     "PodSecurityContext": {
         "runAsNonRoot": "bool",

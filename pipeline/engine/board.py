@@ -41,15 +41,27 @@ class Board:
         self._meters = Meters()
         self._begun: Counter[tuple[str, str]] = Counter()
         """How often what has not ended was begun."""
+        self._ended: dict[str, set[str]] = {}
+        """Stage → shards that this pass has ended."""
         self._untold: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def begin(self, stage: str, shard: str) -> None:
-        self._begun[stage, shard] += 1
-        self._notices.running[stage, shard] = time.time()
+    def begin(self, stage: str, shard: str) -> bool:
+        """Whether this pass has begun or ended it before, so that it may be published: Ray works
+        again on what was lost with a worker or a node."""
+        ended = shard in self._ended.get(stage, ())
+        if not ended:
+            self._begun[stage, shard] += 1
+            self._notices.running[stage, shard] = time.time()
+        return ended or self._begun[stage, shard] > 1
 
     def end(self, shard: str, work: Work) -> None:
-        """A shard's ``work`` is published. One call says all, for there are many."""
+        """A shard's ``work`` is published. One call says all, for there are many; what has ended
+        already is not counted again."""
         stage, counts = work.stage, work.counts
+        ended = self._ended.setdefault(stage, set())
+        if shard in ended:
+            return
+        ended.add(shard)
         self._begun.pop((stage, shard), None)
         self._notices.running.pop((stage, shard), None)
         self._notices.errors.pop((stage, shard), None)
@@ -82,6 +94,7 @@ class Board:
     def forget(self) -> None:
         """Start a new pass: what is running or failed is no longer of interest."""
         self._begun.clear()
+        self._ended.clear()
         self._notices.running.clear()
         self._notices.errors.clear()
 

@@ -236,6 +236,8 @@ def _check_listens(address: str) -> None:
     """Raises ConfigError where nothing listens at the address, or no Ray that a driver joins."""
     if address.startswith("ray://"):
         raise _unusable(address, "Ray Client runs no pipelines; submit the run with `ray job`")
+    if "://" in address:
+        raise _unusable(address, "that is where `ray job` submits to, and no driver joins a URL")
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         return  # "auto" and the like, which Ray resolves at once

@@ -86,33 +86,45 @@ class StageWorker:
         Raises:
             CapfiltError: no other shard could do better, so that Ray gives the pass up.
         """
-        name, plan = self._task.name, self._plan
-        started = time.time()
+        name, board = self._task.name, self._plan.board
         # Waiting for the answer makes sure that the board knows before anything can crash.
-        ray.get(plan.board.begin.remote(name, job.shard))
+        again = ray.get(board.begin.remote(name, job.shard))
         try:
-            inputs = shards.load_inputs(name, job, plan.store, carried)
-            carried.update(inputs)
-            if self._stage is None:
-                stage = shards.build(self._task, plan.store)
-                if self._shared is not None:
-                    stage.share(self._ask, str(ray.get_runtime_context().get_actor_id()))
-                stage.setup()  # may run out of memory; the next shard then tries again
-                self._stage = stage
-            shards.settle(self._stage, self._task, job, plan.store)
-            output = shards.run_stage(self._stage, inputs, plan.removed)
-            facts = self._stage.facts()
-            output = shards.publish(self._task, job, output, plan.store, started, facts)
+            found = self._published(job) if again else None
+            output, work = found or self._work(job, carried)
         except Exception as error:
             told = type(error).__name__, _one_line(error)
-            ray.get(plan.board.error.remote(name, job.shard, *told))
+            ray.get(board.error.remote(name, job.shard, *told))
             if _ends_a_run(type(error)):
                 raise
             return None
+        board.end.remote(job.shard, work)
+        return output
+
+    def _published(self, job: ShardJob) -> tuple[pa.Table, metrics.Work] | None:
+        """What a lost worker or node has published before."""
+        store, record = self._plan.store, job.records[self._task.name]
+        if not store.exists(record):
+            return None
+        return shards.load(record, store), metrics.of_record(store, store.read_record(record))
+
+    def _work(self, job: ShardJob, carried: dict[str, pa.Table]) -> tuple[pa.Table, metrics.Work]:
+        name, plan, started = self._task.name, self._plan, time.time()
+        inputs = shards.load_inputs(name, job, plan.store, carried)
+        carried.update(inputs)
+        if self._stage is None:
+            stage = shards.build(self._task, plan.store)
+            if self._shared is not None:
+                stage.share(self._ask, str(ray.get_runtime_context().get_actor_id()))
+            stage.setup()  # may run out of memory; the next shard then tries again
+            self._stage = stage
+        shards.settle(self._stage, self._task, job, plan.store)
+        output = shards.run_stage(self._stage, inputs, plan.removed)
+        facts = self._stage.facts()
+        output = shards.publish(self._task, job, output, plan.store, started, facts)
         counts, seconds = shards.count_by(output, "status"), time.time() - started
         work = metrics.Work(plan.store.root, name, seconds, counts, facts, metrics.gpu_bytes())
-        plan.board.end.remote(job.shard, work)
-        return output
+        return output, work
 
     def _ask(self, *args: object) -> Any:
         return ray.get(self._shared.ask.remote(*args))

@@ -17,7 +17,7 @@ from tests.chaos.test_sharing import (  # noqa: F401
     check_all_succeeded,
     cluster,
 )
-from tests.integration.test_engine import make_shards, run, statuses
+from tests.integration.fakes import make_shards, run, statuses
 
 
 def test_nodes_that_join_are_used_and_nodes_that_leave_are_survived(cluster, tmp_path):  # noqa: F811
@@ -38,6 +38,7 @@ def test_nodes_that_join_are_used_and_nodes_that_leave_are_survived(cluster, tmp
             time.sleep(0.1)
         cluster.remove_node(node, allow_graceful=False)
         records = going.result()
+        assert ray.get(board.read.remote()).done == {"download": 40, "caption": 40}
     assert len(list(folder.iterdir())) >= 2, "the node that joined had no work"
     check_all_succeeded(store, records)
 

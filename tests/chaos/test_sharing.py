@@ -12,7 +12,7 @@ from pipeline.config import EngineConfig
 from pipeline.engine.cluster import connected
 from pipeline.store import Store
 from stages.base import Resources, ShardStage
-from tests.integration.test_engine import Fake, FakeTask, make_shards, run
+from tests.integration.fakes import Fake, FakeTask, make_shards, run
 
 
 class Shared(Fake):

@@ -111,6 +111,8 @@ def test_something_else_listens_at_the_address():
 def test_addresses_that_no_driver_can_join(monkeypatch):
     with pytest.raises(ConfigError, match="submit the run with `ray job`"):
         look(EngineConfig(address="ray://127.0.0.1:10001"))
+    with pytest.raises(ConfigError, match="no driver joins a URL"):
+        look(EngineConfig(address="http://127.0.0.1:8265"))
 
     def nowhere(*_):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

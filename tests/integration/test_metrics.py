@@ -16,7 +16,7 @@ import ray
 from pipeline.engine.board import Board, watched
 from pipeline.engine.metrics import COUNTERS, GAUGES, HISTOGRAMS, Work, of_record
 from pipeline.store import Store
-from tests.integration.test_engine import Fake, FakeTask, make_shards, run
+from tests.integration.fakes import Fake, FakeTask, make_shards, run
 from tests.run_folder import make_run
 
 DASHBOARD = Path(__file__).parents[2] / "infra/grafana.json"

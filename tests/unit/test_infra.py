@@ -56,6 +56,11 @@ def pods() -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
+def gib(quantity: str) -> float:
+    assert quantity.endswith("Gi")
+    return float(quantity.removesuffix("Gi"))
+
+
 def command(line: str) -> list[str]:
     """``python -m pipeline …`` as the real command line reads it; its config is there. Returns its
     overrides."""
@@ -102,6 +107,8 @@ def test_the_table_finds_mistakes(change: dict[str, Any], found: str) -> None:
 
 def test_pods_are_confined_and_bounded() -> None:
     assert len(pods()) == 5
+    tokens = [name for name, pod in pods() if pod.get("automountServiceAccountToken") is not False]
+    assert tokens == ["raycluster.yaml"], "only the head, whose autoscaler asks for pods"
     for name, pod in pods():
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["runAsUser"] > 0, name
@@ -121,7 +128,17 @@ def test_nodes_have_probes_shared_memory_and_a_port_for_metrics() -> None:
         (box,) = pod["containers"]
         mounts = {mount["mountPath"]: mount["name"] for mount in box["volumeMounts"]}
         assert set(mounts.values()) == volumes.keys()
-        assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+        shared, limits = volumes[mounts["/dev/shm"]]["emptyDir"], box["resources"]["limits"]
+        assert shared["medium"] == "Memory"
+        # Ray takes 30 % of the memory for objects, and a disk where so much shared memory is not
+        # there; beyond 10 GB it takes less instead.
+        assert gib(shared["sizeLimit"]) >= min(0.3 * gib(limits["memory"]), 10e9 / 2**30)
+        on_disk = [
+            v["emptyDir"]
+            for v in pod["volumes"]
+            if "medium" not in v.get("emptyDir", {"medium": ""})
+        ]
+        assert gib(limits["ephemeral-storage"]) > sum(gib(v["sizeLimit"]) for v in on_disk) > 0
         assert {"livenessProbe", "readinessProbe"} <= box.keys()
         assert {"containerPort": 8080, "name": "metrics"} in box["ports"]
     config = read(INFRA / "prometheus.yaml")
@@ -140,6 +157,26 @@ def test_what_the_config_names_on_disk_is_mounted_on_every_node() -> None:
         mounts = [Path(m["mountPath"]) for m in box["volumeMounts"] if m["name"] in claims]
         for path in paths:
             assert any(mount in Path(path).parents for mount in mounts), path
+
+
+def test_the_config_asks_for_what_the_cluster_grows_to() -> None:
+    config = load(str(ROOT / "configs/cluster.yaml"))
+    most = {"CPU": 0.0, "GPU": 0.0}
+    nodes: list[dict[str, float]] = []
+    for group in read(INFRA / "kuberay/raycluster.yaml")["spec"]["workerGroupSpecs"]:
+        (box,) = group["template"]["spec"]["containers"]
+        has = box["resources"]["limits"]
+        cpus, gpus = float(has["cpu"]), float(has.get("nvidia.com/gpu", 0))
+        most["CPU"] += group["maxReplicas"] * cpus
+        most["GPU"] += group["maxReplicas"] * gpus
+        # Of its memory Ray offers what is left beside the objects.
+        memory = 0.7 * gib(has["memory"]) * 2**30
+        nodes += [{"CPU": cpus, "GPU": gpus, "memory": memory}] * group["maxReplicas"]
+    assert config.engine.grows_to == most
+    fixed = config.engine.model_copy(update={"grows_to": None})
+    check(config.model_copy(update={"engine": fixed}), nodes)
+    kinds = read(INFRA / "aws.yaml")["available_node_types"]
+    assert kinds["gpu"]["max_workers"] == most["GPU"]
 
 
 def test_no_secret_has_a_value() -> None:
@@ -241,6 +278,19 @@ def test_the_image_is_pinned_and_not_roots() -> None:
     lock = (ROOT / "requirements.lock").read_text()
     assert len(re.findall(pattern, lock, re.MULTILINE)) == 1
     assert "+cpu\n" in re.sub(pattern, pinned, lock, flags=re.MULTILINE)
+
+
+def test_a_login_shell_of_the_image_finds_ray() -> None:
+    """Ray's cluster launcher starts such shells, and /etc/profile sets their PATH."""
+    steps = dockerfile()
+    last = [step for step in steps if step[0] == "FROM"][-1]
+    image = steps[steps.index(last) :]
+    (path,) = re.findall(r"PATH=(\S+)", " ".join(a for k, a in image if k == "ENV"))
+    (told,) = re.findall(
+        r"echo 'export PATH=(\S+)' > /etc/profile\.d/\w+\.sh",
+        " ".join(a for k, a in image if k == "RUN"),
+    )
+    assert told == path and path.endswith(":$PATH")
 
 
 def test_the_context_holds_what_is_copied_and_little_else() -> None:

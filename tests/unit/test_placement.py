@@ -188,3 +188,9 @@ def test_one_machine_suffices_for_its_config():
     pretrain, filter_ = config.pretrain, config.finetune.filter
     assert pretrain.model.queue_size % (pretrain.batch_size // pretrain.accumulate) == 0
     assert filter_.queue_size % (filter_.batch_size // filter_.accumulate) == 0
+
+
+@pytest.mark.parametrize("grown", [{"GPU": 8}, {"CPU": 0, "GPU": 8}])
+def test_what_a_cluster_grows_to_names_its_cpus(grown):
+    with pytest.raises(ConfigError, match=r"engine\.grows_to: .*name the CPUs too"):
+        parse({**MINIMAL, "engine": {"grows_to": grown}}, "x")
