@@ -110,7 +110,7 @@ def open_input(source: Published | str, store: Store) -> Sequence[Path]:
     if isinstance(source, str):
         return [Path(open_model(source, store))]
     files = _files(source, store)
-    return InTurn(store, files) if source.in_turn else [store.local_copy(file) for file in files]
+    return InTurn(store, files) if source.in_turn else store.local_copies(files)
 
 
 def drop_images(task: DatasetTask, store: Store) -> None:

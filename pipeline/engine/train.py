@@ -13,7 +13,7 @@ import ray.train
 from ray import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -41,6 +41,9 @@ _FITS = 3
 """A fit that ends because a worker died at its start is begun again; one that ran has restarted
 its workers by itself."""
 _WHOLE = "all"
+_PATIENCE = 24 * 3600
+"""Seconds for which a worker waits for the others: one on a new node fetches all images first. What
+has died Ray finds out by itself."""
 
 
 class TrainContext(StageContext):
@@ -97,6 +100,7 @@ def _fit(todo: Sequence[DatasetTask], store: Store, config: EngineConfig, board:
         TorchTrainer(
             _worker,
             train_loop_config={"store": store, "tasks": todo, "board": board},
+            torch_config=TorchConfig(timeout_s=_PATIENCE),
             scaling_config=ScalingConfig(
                 num_workers=config.train_workers,
                 use_gpu=worker.gpus > 0,

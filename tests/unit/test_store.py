@@ -145,6 +145,17 @@ def test_folders_come_back(store: Store, tmp_path: Path) -> None:
     assert store.local_folder(f"{attempt}/med") == copied
 
 
+def test_copies_come_in_order_and_leave_nothing_half_done(store: Store) -> None:
+    names = [f"images/{number}.tar" for number in range(40)]
+    for name in names:
+        store.write_bytes(name, name.encode())
+    assert [path.read_bytes().decode() for path in store.local_copies(names)] == names
+    with pytest.raises(StoreError if not store.is_local else FileNotFoundError):
+        store.local_copies([*names, "images/none.tar"])[-1].read_bytes()
+    left = {path.name for path in store.local_copies(names)[0].parent.iterdir()}
+    assert left == {Path(name).name for name in names}
+
+
 def test_a_missing_payload_has_no_checksum(store: Store) -> None:
     assert store.checksum(Payload(path="gone.tar", bytes=1, sha256="00")) is None
 
