@@ -3,6 +3,7 @@ for a program that reads along (``CAPFILT_LOG_FORMAT=json``)."""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import threading
@@ -28,6 +29,8 @@ from pipeline.terminal import (
 )
 
 _SECONDS = 5.0
+_QUIET = 300.0
+"""Seconds of silence that are worth a line."""
 _BAR = 16
 
 
@@ -122,6 +125,8 @@ class Screen:
         """When the last whole-round stage ended."""
         capable = self._file.isatty() and os.environ.get("TERM") != "dumb" and not self._json
         self._live = _Live(self) if (capable if live is None else live) else None
+        self._signs: object = None
+        self._last_sign = 0.0
 
     def __enter__(self) -> Self:
         return self
@@ -149,7 +154,8 @@ class Screen:
     def begin(self, stage: str, total: int, done: int = 0) -> None:
         """A stage of ``total`` shards (1 where it takes the whole round), ``done`` published."""
         with self._lock:
-            self._stages[stage] = _Stage(stage, total, done, time.monotonic())
+            self._last_sign = time.monotonic()
+            self._stages[stage] = _Stage(stage, total, done, self._last_sign)
             if self._live is not None:
                 self._live.start()
 
@@ -167,6 +173,7 @@ class Screen:
                     self._print(line, name, shard)
             if self._live is None:
                 self._speak(now)
+            self._break_silence(notices, now)
 
     def end(self, stage: str, seconds: float | None = None, line: str = "") -> None:
         """The stage is published as a whole; ``line`` says what is worth saying about it."""
@@ -216,6 +223,20 @@ class Screen:
             done, total = stage.share
             line = f"  {clean(stage.name):<18}  {done}/{total}  {_detail(stage, now)}"
             self._print(line, stage.name)
+
+    def _break_silence(self, notices: Notices, now: float) -> None:
+        """Say once that no worker says anything: what the autoscaler cannot start, Ray waits for
+        without a word."""
+        signs = dict(notices.done), dict(notices.progress)
+        if notices.running or signs != self._signs:
+            self._signs, self._last_sign = signs, now
+        elif self._stages and now - self._last_sign > _QUIET:
+            self._last_sign = math.inf
+            self._print(
+                f"  no worker has said anything for {duration(_QUIET)}; if Ray has no place for "
+                "one, `ray status` says what it waits for",
+                level="warning",
+            )
 
     def _took(self, ended: _Stage, now: float) -> float:
         """Seconds that the stage was at work, as far as its signs tell."""

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -125,7 +125,9 @@ def watched(board: Any, show: Callable[[Notices], None], seconds: float = 0.5) -
 
     def poll() -> None:
         while not stop.wait(seconds):
-            show(ray.get(board.take.remote()))
+            # What does not pass by itself, the last call raises, where it is heard.
+            with suppress(Exception):
+                show(ray.get(board.take.remote()))
 
     thread = threading.Thread(target=poll, daemon=True)
     thread.start()

@@ -244,6 +244,7 @@ def _ends_alone(
 ) -> bool:
     """Run one shard's next stage alone. False if the store failed meanwhile."""
     (task,) = (task for task in tasks if task.name == job.todo[0])
+    board.begin.remote(task.name, job.shard)
     try:
         run_alone(store, task, job, grows_to)
     except errors.StoreError as error:

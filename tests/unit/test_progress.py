@@ -309,3 +309,28 @@ def test_an_unknown_log_format_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("CAPFILT_LOG_FORMAT", "xml")
     with pytest.raises(ConfigError, match="'xml' is not allowed: plain or json"):
         Screen(io.StringIO())
+
+
+def test_a_long_silence_is_worth_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an autoscaler cannot start, Ray waits for without a word."""
+    screen, out = plain()
+    clock = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+
+    def after(seconds: float, told: Notices) -> bool:
+        clock[0] += seconds
+        before = len(lines(out))
+        screen.update(told)
+        return "`ray status`" in "".join(lines(out)[before:])
+
+    screen.begin("caption", total=10)
+    assert not after(1, Notices())
+    assert not after(299, Notices())
+    assert after(2, Notices()) and not after(900, Notices())
+    assert not after(900, notices())  # one is at work, for long
+    assert not after(900, notices())
+    ended = Notices(done={"caption": 1})
+    assert not after(1, ended) and not after(200, ended) and after(200, ended)
+    assert not after(1, Notices(progress={"dedup": ("comparing", 1, 2)}))
+    screen.end("caption")
+    assert not after(900, Notices()) and not after(900, Notices())
