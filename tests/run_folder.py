@@ -28,6 +28,7 @@ from stages.schemas import (
     EMBEDDINGS,
     METRICS,
     SCORES,
+    SHARED,
     SOURCES,
     TRAINING_INDEX,
     TRAINING_LOG,
@@ -194,6 +195,14 @@ def publish_download(store: Store, shard: str, image: str, name: str) -> str:
     row |= {"source": "web", "url": f"http://web.test/{name}", "status": "success"}
     row |= {"image": jpeg(9, (32, 24)), "sha256": image, "width": 32, "height": 24}
     return _Run(store).shard("download", None, shard, filled(DOWNLOAD, [row]))
+
+
+def publish_shared(store: Store, shard: str, sample: str) -> str:
+    """What the images of a shard share, as `pipeline.copies` publishes it: ``sample`` is captioned
+    for itself. Returns the record's name."""
+    table = filled(SHARED, [{"sample_id": sample, "captioned_as": sample}])
+    payloads = [store.put_table(f"stage=shared/shard={shard}", table)]
+    return _Run(store).publish("shared", None, shard, payloads, {})
 
 
 def publish_training(store: Store, number: int, sample: str, config: str) -> dict[str, list[str]]:

@@ -48,7 +48,7 @@ class Rates:
     shard_size: float = 10_000.0
     samples_per_tar: float = 1_000.0
     """Of the training tars."""
-    requests: float = 30.0
+    requests: float = 48.0
     """That one shard makes of the store while it is labelled, counted on loopback
     (`tests.bench.requests_a_shard`)."""
     driver: float = 0.031
@@ -67,8 +67,11 @@ def plan(pairs: float, rates: Rates) -> dict[str, float]:
     rank = 2 * 6 * rates.probes * rates.k_test / rates.itm
     evaluate = 2 * 2 * (rank + rates.probes / rates.beam) / _HOUR
     stored = images * (rates.image_bytes * (2 + rates.kept) + rates.row_bytes)
-    # A shard: 6 payloads, 5 records, 3 plans with batch sizes.
-    objects = shards * 14 + images * (1 + rates.kept) / rates.samples_per_tar
+    # A shard: 7 payloads, 6 records, 3 plans with batch sizes.
+    objects = shards * 16 + images * (1 + rates.kept) / rates.samples_per_tar
+    # Embedding and captioning each read the images, since what is copied is found in between.
+    read = 2 * images * rates.image_bytes / 1e6
+    seconds = label / rates.gpus * _HOUR
     return {
         "shards": shards,
         "download, core-hours": images / rates.download / _HOUR,
@@ -79,12 +82,12 @@ def plan(pairs: float, rates: Rates) -> dict[str, float]:
         "pretraining, days on the GPUs": train / rates.gpus / 24,
         "from the web, TB": images * rates.download_bytes / 1e12,
         "stored, TB": stored / 1e12,
-        "read for labelling, MB/s": images * rates.image_bytes / 1e6 / (label / rates.gpus * _HOUR),
+        "read for labelling, MB/s": read / seconds,
         "objects, thousands": objects / 1e3,
-        "writes a second while labelling": shards * 9 / (label / rates.gpus * _HOUR),
-        "requests a second while labelling": shards * rates.requests / (label / rates.gpus * _HOUR),
+        "writes a second while labelling": shards * 11 / seconds,
+        "requests a second while labelling": shards * rates.requests / seconds,
         "GPUs that take one core of the driver": label * _HOUR / shards / rates.driver,
-        "pages of one listing of records": shards * 5 / 1000,
+        "pages of one listing of records": shards * 6 / 1000,
     }
 
 

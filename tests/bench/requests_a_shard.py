@@ -1,10 +1,12 @@
 """How many requests a shard makes of an object store while it is labelled.
 
 ``python -m tests.bench.requests_a_shard`` puts one downloaded shard into an S3 server on loopback,
-and does what a worker of each labelling stage does (`pipeline.engine.data.StageWorker`): read
-inputs, fix the batch size in the shard's plan, process with a tiny model, write the payload, look
-at the lease, publish the record. The server's log has a line a request. Not counted are the
-weights, once a machine, and the pages of one listing a pass.
+and does what a worker of each labelling stage does (`pipeline.engine.data.StageWorker`): read inputs,
+fix the batch size in the shard's plan, process with a tiny model, write the payload, look at the
+lease, publish the record. By default (`dedup.before_caption`) a round passes its shards twice:
+between embedding and captioning it is found which images share captions, so images are read again.
+The server's log has a line a request. Not counted are the weights, once a machine, and the pages
+of one listing a pass.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from pipeline.dag import ShardJob, ShardTask
@@ -27,7 +30,7 @@ from stages.caption import CaptionConfig
 from stages.embed import EmbedConfig
 from stages.filter import FilterConfig
 from tests import tiny_models
-from tests.run_folder import publish_download
+from tests.run_folder import publish_download, publish_shared
 from tests.s3 import s3_bucket
 
 
@@ -63,10 +66,19 @@ def label(url: str, models: Path) -> dict[str, Counter[str]]:
         ShardTask("filter", 1, FilterConfig(batch_size="auto"), matcher),
     )
     records = {t.name: record_name(t.name, t.scope, "000000", "ab" * 8) for t in tasks}
-    job = ShardJob("000000", {"download": download, **records}, tuple(records))
+    told = {"download": download, **records}
     carried: dict[str, pa.Table] = {}
     requests = {}
     for task in tasks:
+        if task.name == "caption":
+            carried = {}  # another pass
+            with counted() as requests["copies"]:
+                table = store.local_copy(
+                    shards.payload(store.read_record(download), ".parquet").path
+                )
+                sample = pq.read_table(table)["sample_id"][0].as_py()
+                told["shared"] = publish_shared(store, "000000", sample)
+        job = ShardJob("000000", told, tuple(records))
         stage = shards.build(task, store)
         stage.setup()
         with counted() as requests[task.name]:
