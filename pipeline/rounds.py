@@ -127,13 +127,8 @@ def go_round(config: RunConfig, store: Store, screen: Screen, world: str | None)
     """Do all that the rounds up to ``rounds.count`` still need; called inside `opened`."""
     loop = _Loop(config, store, screen, world)
     loop.describe()
-    with connected(config.engine, _log_file(store), screen.note) as board:
+    with connected(config.engine, store.log_file, screen.note) as board:
         loop.go(board)
-
-
-def _log_file(store: Store) -> Path:
-    """Where Ray's own log lines go: the run folder, or this machine for a remote one."""
-    return Path(store.path("logs/ray.log")) if store.is_local else store.cache / "ray.log"
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -228,7 +229,7 @@ def _work_on(
     ended = [job for job in alone if _ends_alone(store, tasks, job, board, grows_to)]
     if ended or sum(len(job.todo) for job in left) < sum(len(job.todo) for job in jobs):
         return None
-    return _nothing_done(board, failure)
+    return _nothing_done(board, failure, store.log_file)
 
 
 def _unfinished(plan: Callable[[], Sequence[ShardJob]]) -> list[ShardJob]:
@@ -255,12 +256,12 @@ def _ends_alone(
     return True
 
 
-def _nothing_done(board: Any, failure: str | None) -> errors.CapfiltError:
+def _nothing_done(board: Any, failure: str | None, log: Path) -> errors.CapfiltError:
     """Why pass after pass brings nothing."""
     for kind, message in ray.get(board.read.remote()).errors.values():
         if kind == errors.StoreError.__name__:
             return errors.StoreError(message)
-    return errors.RunError(f"workers die before they begin: {failure}; see Ray's log")
+    return errors.RunError(f"workers die before they begin: {failure}; see {log}")
 
 
 def _suspects(board: Any) -> set[tuple[str, str]]:

@@ -1,12 +1,12 @@
 """How many requests a shard makes of an object store while it is labelled.
 
 ``python -m tests.bench.requests_a_shard`` puts one downloaded shard into an S3 server on loopback,
-and does what a worker of each labelling stage does (`pipeline.engine.data.StageWorker`): read inputs,
-fix the batch size in the shard's plan, process with a tiny model, write the payload, look at the
-lease, publish the record. By default (`dedup.before_caption`) a round passes its shards twice:
-between embedding and captioning it is found which images share captions, so images are read again.
-The server's log has a line a request. Not counted are the weights, once a machine, and the pages
-of one listing a pass.
+and does what a worker of each labelling stage does (`pipeline.engine.data.StageWorker`): read
+inputs, fix the batch size in the shard's plan, process with a tiny model, write the payload, look
+at the lease, publish the record. By default (`dedup.before_caption`) a round passes its shards
+twice: between embedding and captioning it is found which images share captions, so images are read
+again. The server's log has a line a request. Not counted are the weights, once a machine, and the
+pages of one listing a pass.
 """
 
 from __future__ import annotations
