@@ -29,8 +29,8 @@ from pipeline.terminal import (
 )
 
 _SECONDS = 5.0
-_QUIET = 300.0
-"""Seconds of silence that are worth a line."""
+_QUIET, _STILL = 300.0, 3600.0
+"""Seconds of silence that are worth a line: where nobody is at work, and where somebody may be."""
 _BAR = 16
 
 
@@ -227,13 +227,14 @@ class Screen:
     def _break_silence(self, notices: Notices, now: float) -> None:
         """Say once that no worker says anything: what the autoscaler cannot start, Ray waits for
         without a word."""
-        signs = dict(notices.done), dict(notices.progress)
-        if notices.running or signs != self._signs:
+        signs = dict(notices.running), dict(notices.done), dict(notices.progress)
+        limit = _STILL if notices.running else _QUIET  # who was lost may still count as running
+        if signs != self._signs:
             self._signs, self._last_sign = signs, now
-        elif self._stages and now - self._last_sign > _QUIET:
+        elif self._stages and now - self._last_sign > limit:
             self._last_sign = math.inf
             self._print(
-                f"  no worker has said anything for {duration(_QUIET)}; if Ray has no place for "
+                f"  no worker has said anything for {duration(limit)}; if Ray has no place for "
                 "one, `ray status` says what it waits for",
                 level="warning",
             )

@@ -32,7 +32,7 @@ from pipeline.course import (
 from pipeline.dag import BEFORE_COPIES, DatasetTask, print_of
 from pipeline.engine import placement
 from pipeline.engine.board import watched
-from pipeline.engine.cluster import connected, look
+from pipeline.engine.cluster import connected, log_file, look
 from pipeline.engine.data import run_shards
 from pipeline.engine.dataset import run_dataset
 from pipeline.engine.shard import payload
@@ -127,7 +127,7 @@ def go_round(config: RunConfig, store: Store, screen: Screen, world: str | None)
     """Do all that the rounds up to ``rounds.count`` still need; called inside `opened`."""
     loop = _Loop(config, store, screen, world)
     loop.describe()
-    with connected(config.engine, store.log_file, screen.note) as board:
+    with connected(config.engine, log_file(store), screen.note) as board:
         loop.go(board)
 
 

@@ -98,11 +98,6 @@ class Store:
             raise StoreError(f"{ours}: others can write to it; remove it, or set TMPDIR")
         return ours / name
 
-    @property
-    def log_file(self) -> Path:
-        """Where Ray's own log lines go: the run folder, or this machine for a remote one."""
-        return Path(self.path("logs/ray.log")) if self.is_local else self.cache / "ray.log"
-
     def path(self, relative: str) -> str:
         """Full path of ``relative`` on the store's filesystem."""
         return f"{self.root}/{relative}"

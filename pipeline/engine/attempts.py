@@ -27,10 +27,10 @@ def gathered(submits: Sequence[Callable[[], Any]]) -> list[Any]:
         index, attempt = running.pop(ended)
         try:
             results[index] = ray.get(ended)
-        except RayError as error:
-            if isinstance(error, RayTaskError) or attempt >= ATTEMPTS:
-                for other in running:  # nobody waits for them, and their files are removed
-                    ray.cancel(other, force=True)
+        except RayTaskError:
+            raise
+        except RayError:
+            if attempt >= ATTEMPTS:
                 raise
             running[submits[index]()] = index, attempt + 1
     return results

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.engine.metrics import Meters, Work
@@ -40,30 +41,26 @@ class Board:
         self._notices = Notices()
         self._meters = Meters()
         self._begun: Counter[tuple[str, str]] = Counter()
-        """How often what has not ended was begun."""
-        self._ended: dict[str, set[str]] = {}
-        """Stage → shards that this pass has ended."""
+        """(stage, shard) → how often this pass has begun it."""
+        self._ended: set[tuple[str, str]] = set()
+        """What this pass has ended."""
         self._untold: dict[tuple[str, str], tuple[str, str]] = {}
 
     def begin(self, stage: str, shard: str) -> bool:
-        """Whether this pass has begun or ended it before, so that it may be published: Ray works
-        again on what was lost with a worker or a node."""
-        ended = shard in self._ended.get(stage, ())
-        if not ended:
-            self._begun[stage, shard] += 1
-            self._notices.running[stage, shard] = time.time()
-        return ended or self._begun[stage, shard] > 1
+        """Note that it is begun. Returns whether this pass has begun it before: Ray works again on
+        what was lost with a worker or a node, and its record may be there already."""
+        self._begun[stage, shard] += 1
+        self._notices.running[stage, shard] = time.time()
+        return self._begun[stage, shard] > 1
 
     def end(self, shard: str, work: Work) -> None:
         """A shard's ``work`` is published. One call says all, for there are many; what has ended
         already is not counted again."""
         stage, counts = work.stage, work.counts
-        ended = self._ended.setdefault(stage, set())
-        if shard in ended:
-            return
-        ended.add(shard)
-        self._begun.pop((stage, shard), None)
         self._notices.running.pop((stage, shard), None)
+        if (stage, shard) in self._ended:
+            return
+        self._ended.add((stage, shard))
         self._notices.errors.pop((stage, shard), None)
         self._notices.done[stage] = self._notices.done.get(stage, 0) + 1
         self._notices.ended.append((stage, shard, dict(counts)))
@@ -125,8 +122,7 @@ def watched(board: Any, show: Callable[[Notices], None], seconds: float = 0.5) -
 
     def poll() -> None:
         while not stop.wait(seconds):
-            # What does not pass by itself, the last call raises, where it is heard.
-            with suppress(Exception):
+            with suppress(RayError):  # if it does not pass by itself, the last call raises it
                 show(ray.get(board.take.remote()))
 
     thread = threading.Thread(target=poll, daemon=True)

@@ -26,6 +26,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.config import EngineConfig
 from pipeline.engine.board import Board
 from pipeline.engine.placement import Node
+from pipeline.store import Store
 from stages.errors import CapfiltError, ConfigError, RunError
 
 _GIB = 1 << 30
@@ -131,6 +132,11 @@ def _stderr_to(file: Path) -> Iterator[None]:
         sys.stderr.flush()
         os.dup2(saved, 2)
         os.close(saved)
+
+
+def log_file(store: Store) -> Path:
+    """Where Ray's own log lines go: the run folder, or this machine for a remote one."""
+    return Path(store.path("logs/ray.log")) if store.is_local else store.cache / "ray.log"
 
 
 def _init(config: EngineConfig) -> None:

@@ -28,6 +28,7 @@ from ray.exceptions import RayError
 from pipeline.dag import SHARD_READS, ShardJob, ShardTask
 from pipeline.engine import metrics
 from pipeline.engine import shard as shards
+from pipeline.engine.cluster import log_file
 from pipeline.engine.isolate import run_alone
 from pipeline.engine.placement import Share, fit
 from pipeline.store import Store
@@ -104,10 +105,12 @@ class StageWorker:
 
     def _published(self, job: ShardJob) -> tuple[pa.Table, metrics.Work] | None:
         """What a lost worker or node has published before."""
-        store, record = self._plan.store, job.records[self._task.name]
-        if not store.exists(record):
+        store, name = self._plan.store, job.records[self._task.name]
+        if not store.exists(name):
             return None
-        return shards.load(record, store), metrics.of_record(store, store.read_record(record))
+        record = store.read_record(name)
+        work = metrics.of_record(store, record, metrics.gpu_bytes())
+        return shards.output_of(record, store), work
 
     def _work(self, job: ShardJob, carried: dict[str, pa.Table]) -> tuple[pa.Table, metrics.Work]:
         name, plan, started = self._task.name, self._plan, time.time()
@@ -229,7 +232,7 @@ def _work_on(
     ended = [job for job in alone if _ends_alone(store, tasks, job, board, grows_to)]
     if ended or sum(len(job.todo) for job in left) < sum(len(job.todo) for job in jobs):
         return None
-    return _nothing_done(board, failure, store.log_file)
+    return _nothing_done(board, failure, log_file(store))
 
 
 def _unfinished(plan: Callable[[], Sequence[ShardJob]]) -> list[ShardJob]:

@@ -22,7 +22,7 @@ from pipeline.engine.dataset import translate
 from pipeline.engine.placement import fit
 from pipeline.store import Store
 from pipeline.tombstones import read_removed
-from stages.errors import RunError, UserError, out_of_memory
+from stages.errors import UserError, out_of_memory
 from stages.schemas import check
 
 _MAX_FAILURES = 64
@@ -142,11 +142,11 @@ _LOST = (NodeDiedError, LocalRayletDiedError, ObjectLostError)
 
 
 def _is_rows_fault(error: RayError) -> bool:
-    """Whether the rows may have done it: raised in the stage, or killed its process. A `RunError`,
-    nodes that are lost, or a machine's or GPU's memory that is full, even for one image, is not
-    theirs; it ends the run, and the next one tries the shard again."""
+    """Whether the rows may have done it: raised in the stage, or killed its process. Nodes that are
+    lost, or a machine's or GPU's memory that is full, even for one image, is not theirs; it ends
+    the run, and the next one tries the shard again."""
     if isinstance(error, RayTaskError):
-        return not (out_of_memory(error.cause) or isinstance(error.cause, RunError))
+        return not out_of_memory(error.cause)
     return isinstance(error, WorkerCrashedError)
 
 

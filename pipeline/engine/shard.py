@@ -52,8 +52,12 @@ def load_inputs(stage: str, job: ShardJob, store: Store, carried: Tables) -> dic
 
 
 def load(record_name: str, store: Store) -> pa.Table:
-    """The output table that a record publishes, images included."""
-    record = store.read_record(record_name)
+    """The output table of the record of that name, images included."""
+    return output_of(store.read_record(record_name), store)
+
+
+def output_of(record: Record, store: Store) -> pa.Table:
+    """The table that a record publishes, images included."""
     table = store.read_table(payload(record, ".parquet"))
     if record.stage != "download":
         return table

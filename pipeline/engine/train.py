@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import ray.train
 from ray import PlacementGroupID
 from ray.exceptions import RayActorError
 from ray.train import ControllerError, FailureConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.placement_group import (
     PlacementGroup,
     placement_group_table,
@@ -41,9 +42,9 @@ _FITS = 3
 """A fit that ends because a worker died at its start is begun again; one that ran has restarted
 its workers by itself."""
 _WHOLE = "all"
-_PATIENCE = 24 * 3600
-"""Seconds for which a worker waits for the others: one on a new node fetches all images first. What
-has died Ray finds out by itself."""
+_PATIENCE = timedelta(days=7)
+"""How long a worker waits for the others before a task: one on a new node fetches all images first.
+Of those that die Ray finds out by itself."""
 
 
 class TrainContext(StageContext):
@@ -100,7 +101,6 @@ def _fit(todo: Sequence[DatasetTask], store: Store, config: EngineConfig, board:
         TorchTrainer(
             _worker,
             train_loop_config={"store": store, "tasks": todo, "board": board},
-            torch_config=TorchConfig(timeout_s=_PATIENCE),
             scaling_config=ScalingConfig(
                 num_workers=config.train_workers,
                 use_gpu=worker.gpus > 0,
@@ -131,6 +131,7 @@ def _worker(config: dict[str, Any]) -> None:
     store: Store = config["store"]
     if _final_error(config["tasks"], config["board"]) is not None:
         return  # restarted by Ray, which cannot tell one error from another
+    meet = _meeting()
     for task in config["tasks"]:
         if store.exists(task.record):
             continue  # restarted by Ray, after this one was published
@@ -139,7 +140,9 @@ def _worker(config: dict[str, Any]) -> None:
         with tempfile.TemporaryDirectory() as output:
             # Every rank resolves its inputs here, after the task before has published.
             try:
-                task.stage.run(open_inputs(task, store), Path(output), ctx)
+                inputs = open_inputs(task, store)
+                meet()
+                task.stage.run(inputs, Path(output), ctx)
             except (TrainingError, UserError) as error:
                 if not isinstance(error, StoreError):
                     told = type(error).__name__, str(error)
@@ -150,7 +153,7 @@ def _worker(config: dict[str, Any]) -> None:
                 work = metrics.of_record(store, record, metrics.gpu_bytes())
                 config["board"].measured.remote(work)
                 Checkpoints(store, f"{task.name}-{task.fingerprint}").remove()
-        _wait_for_all()
+        meet()  # no rank reads the next task's inputs before rank 0 has published them
     for task in config["tasks"]:  # all ranks have passed the last barrier
         drop_images(task, store)
 
@@ -166,9 +169,12 @@ def _final_error(tasks: Sequence[DatasetTask], board: Any) -> CapfiltError | Non
     return None
 
 
-def _wait_for_all() -> None:
-    """A barrier: no rank reads the next task's inputs before rank 0 has published them."""
-    import torch.distributed
+def _meeting() -> Callable[[], None]:
+    """A barrier of all ranks that waits for longer than those of training, where a rank that does
+    not come hangs."""
+    import torch.distributed as dist
 
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
+    if not (dist.is_available() and dist.is_initialized()):
+        return lambda: None
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    return lambda: dist.barrier(group=group)

@@ -48,7 +48,7 @@ class Rates:
     shard_size: float = 10_000.0
     samples_per_tar: float = 1_000.0
     """Of the training tars."""
-    requests: float = 48.0
+    requests: float = 46.0
     """That one shard makes of the store while it is labelled, counted on loopback
     (`tests.bench.requests_a_shard`)."""
     driver: float = 0.031

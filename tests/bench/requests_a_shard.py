@@ -77,7 +77,8 @@ def label(url: str, models: Path) -> dict[str, Counter[str]]:
                     shards.payload(store.read_record(download), ".parquet").path
                 )
                 sample = pq.read_table(table)["sample_id"][0].as_py()
-                told["shared"] = publish_shared(store, "000000", sample)
+                # The lease is looked at once for many shards.
+                told["shared"] = publish_shared(Store(url), "000000", sample)
         job = ShardJob("000000", told, tuple(records))
         stage = shards.build(task, store)
         stage.setup()

@@ -101,7 +101,7 @@ def test_a_job_is_stopped_and_submitted_again(dashboard, tmp_path):
     while not jobs.get_job_status("first").is_terminal():
         time.sleep(0.2)
     assert jobs.get_job_status("first") == JobStatus.STOPPED
-    assert current(open_run(str(tmp_path))).released  # Ray gave it the time to
+    assert current(open_run(str(tmp_path))).released
     before = open_run(str(tmp_path)).record_names()
     left = orphans(tmp_path, before)
 

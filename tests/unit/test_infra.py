@@ -107,8 +107,12 @@ def test_the_table_finds_mistakes(change: dict[str, Any], found: str) -> None:
 
 def test_pods_are_confined_and_bounded() -> None:
     assert len(pods()) == 5
-    tokens = [name for name, pod in pods() if pod.get("automountServiceAccountToken") is not False]
-    assert tokens == ["raycluster.yaml"], "only the head, whose autoscaler asks for pods"
+    with_token = [
+        pod["containers"][0]["name"]
+        for _, pod in pods()
+        if pod.get("automountServiceAccountToken") is not False
+    ]
+    assert with_token == ["ray-head"], "whose autoscaler asks for pods"
     for name, pod in pods():
         assert pod["securityContext"]["runAsNonRoot"] is True, name
         assert pod["securityContext"]["runAsUser"] > 0, name
@@ -123,6 +127,7 @@ def test_pods_are_confined_and_bounded() -> None:
 def test_nodes_have_probes_shared_memory_and_a_port_for_metrics() -> None:
     nodes = [pod for name, pod in pods() if name == "raycluster.yaml"]
     assert len(nodes) == 3
+    environment = json.loads((INFRA / "runtime-env.json").read_text())["env_vars"]
     for pod in nodes:
         volumes = {volume["name"]: volume for volume in pod["volumes"]}
         (box,) = pod["containers"]
@@ -140,6 +145,9 @@ def test_nodes_have_probes_shared_memory_and_a_port_for_metrics() -> None:
         ]
         assert gib(limits["ephemeral-storage"]) > sum(gib(v["sizeLimit"]) for v in on_disk) > 0
         assert {"livenessProbe", "readinessProbe"} <= box.keys()
+        told = {entry["name"]: entry.get("value") for entry in box["env"]}
+        assert environment.items() <= told.items()
+        assert Path(told["HF_HOME"]).parent == Path("/tmp") and "/tmp" in mounts
         assert {"containerPort": 8080, "name": "metrics"} in box["ports"]
     config = read(INFRA / "prometheus.yaml")
     assert "metrics" in str(config["scrape_configs"][0]["relabel_configs"])

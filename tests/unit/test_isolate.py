@@ -6,7 +6,6 @@ import pytest
 import ray.exceptions as rays
 
 from pipeline.engine import isolate
-from stages.errors import RunError
 
 
 def of_task(cause: Exception) -> rays.RayTaskError:
@@ -24,7 +23,6 @@ def of_task(cause: Exception) -> rays.RayTaskError:
         (rays.WorkerCrashedError(), False, True),
         (of_task(ValueError("a bad row")), False, True),
         (of_task(MemoryError()), False, False),
-        (of_task(RunError("the lease is lost")), False, False),
         (rays.OutOfMemoryError("the machine's"), False, False),
         (rays.RuntimeEnvSetupError("pip"), False, False),
     ],

@@ -329,6 +329,7 @@ def test_a_long_silence_is_worth_one_line(monkeypatch: pytest.MonkeyPatch) -> No
     assert after(2, Notices()) and not after(900, Notices())
     assert not after(900, notices())  # one is at work, for long
     assert not after(900, notices())
+    assert after(2800, notices())  # or was lost
     ended = Notices(done={"caption": 1})
     assert not after(1, ended) and not after(200, ended) and after(200, ended)
     assert not after(1, Notices(progress={"dedup": ("comparing", 1, 2)}))
