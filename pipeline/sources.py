@@ -31,7 +31,7 @@ def ingest(config: RunConfig, store: Store) -> Shards:
     whether that is an error, `pipeline.preflight` says.
 
     Raises:
-        SourceError: a file is missing, has no rows, or lacks a column. Nothing of it is published.
+        SourceError: a file is missing or lacks a column. Nothing of it is published.
     """
     names = store.record_names()
     records = store.read_records(name for name in names if "/stage=ingest/" in name)
@@ -88,14 +88,12 @@ def shards_of(records: Sequence[Record]) -> int:
 def _cut(
     config: RunConfig, store: Store, file: SourceFile, first_shard: int, seen: SeenPairs
 ) -> Record:
-    """Cut one file and publish it."""
+    """Cut one file and publish it; one without rows, as Spark writes beside others, as no shard."""
     started = time.time()
     stage = IngestStage(config.ingest, [file], first_shard, seen)
     with tempfile.TemporaryDirectory() as scratch:
         stage.run({}, Path(scratch), LocalContext())
         cut = sorted(Path(scratch).glob("shard=*.parquet"))
-        if not cut:
-            raise SourceError(f"{file.path}: holds no rows; remove it from the sources")
         payloads = tuple(
             store.put_unique(f"sources/{shard.stem}", ".parquet", shard) for shard in cut
         )

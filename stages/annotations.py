@@ -6,12 +6,14 @@ One `Record` for each caption; captions of one image follow each other.
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from stages import media
 from stages.errors import SourceError
-from stages.readers import Record, SourceFile, json_lines
+from stages.readers import Origin, Record, SourceFile, is_url, json_lines
 
 ANNOTATIONS = "annotations.jsonl"
 
@@ -61,7 +63,7 @@ def _layout(file: SourceFile, document: Any) -> Iterator[Annotated]:
             return _karpathy(file, document["images"])
         if "image_urls" in document and "captions" in document:
             pairs = zip(document["image_urls"], document["captions"], strict=True)
-            return (Annotated(url, [text]) for url, text in pairs)
+            return (Annotated(_name(url), [_text(text)]) for url, text in pairs)
     raise SourceError(f"{file.path}: not a known layout of annotations; known are {_LAYOUTS}")
 
 
@@ -72,13 +74,13 @@ def _coco(file: SourceFile, document: Mapping[str, Any]) -> Iterator[Annotated]:
             raise SourceError(
                 f"{file.path}: its annotations have no captions; use COCO's captions_*.json"
             )
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+        captions.setdefault(annotation["image_id"], []).append(_text(annotation["caption"]))
     for image in document["images"]:
         # Where no folder is given, an image that says where it lies on the web is fetched there.
         url = image.get("coco_url") or image.get("flickr_url") or image.get("url")
         name = image.get("file_name")
         place = (url or name) if file.config.image_root is None else (name or url)
-        yield Annotated(place, captions.get(image["id"], []))
+        yield Annotated(_name(place), captions.get(image["id"], []))
 
 
 def _karpathy(file: SourceFile, images: Iterable[Mapping[str, Any]]) -> Iterator[Annotated]:
@@ -92,8 +94,9 @@ def _karpathy(file: SourceFile, images: Iterable[Mapping[str, Any]]) -> Iterator
         name = image.get("filename") or image.get("file_name")
         if name and image.get("filepath"):
             name = f"{image['filepath']}/{name}"
-        texts = [sentence.get("raw", "") for sentence in image.get("sentences", [])]
-        yield Annotated(name or image.get("url"), texts, not wanted or image.get("split") in wanted)
+        texts = [_text(sentence.get("raw")) for sentence in image.get("sentences", [])]
+        chosen = not wanted or image.get("split") in wanted
+        yield Annotated(_name(name or image.get("url")), texts, chosen)
 
 
 def _annotated(row: Mapping[str, Any]) -> Annotated:
@@ -101,8 +104,16 @@ def _annotated(row: Mapping[str, Any]) -> Annotated:
     texts: Any = next((row[key] for key in _TEXT_KEYS if row.get(key) is not None), [])
     if not isinstance(texts, list):
         texts = [texts]
-    plain = [text.get("raw", "") if isinstance(text, dict) else str(text) for text in texts]
-    return Annotated(None if image is None else str(image), plain)
+    plain = [_text(text.get("raw") if isinstance(text, dict) else text) for text in texts]
+    return Annotated(_name(image), plain)
+
+
+def _name(image: object) -> str | None:
+    return None if image is None else str(image)
+
+
+def _text(caption: object) -> str:
+    return "" if caption is None else str(caption)
 
 
 def _records(file: SourceFile, images: Iterable[Annotated]) -> Iterator[Record]:
@@ -112,14 +123,14 @@ def _records(file: SourceFile, images: Iterable[Annotated]) -> Iterator[Record]:
         SourceError: none of the image files can be read.
     """
     number = missing = present = 0
-    root = file.config.image_root or file.path.rpartition("/")[0]
+    root = _root(file)
     for image, captions, chosen in images:
         texts = captions or [""]
         numbers = range(number, number + len(texts))
         number += len(texts)
         if not chosen:
             continue
-        url, place, sha256 = _locate(image, root)
+        url, place, sha256 = _locate(image, root, file.origin)
         if place is not None:
             missing, present = missing + (sha256 is None), present + (sha256 is not None)
         for index, text in zip(numbers, texts, strict=True):
@@ -130,15 +141,40 @@ def _records(file: SourceFile, images: Iterable[Annotated]) -> Iterator[Record]:
         )
 
 
-def _locate(image: str | None, root: str) -> tuple[str | None, str | None, str | None]:
+def _root(file: SourceFile) -> str:
+    """The folder of the images, by its full path: workers run elsewhere."""
+    root = file.config.image_root
+    if root is None:
+        return file.path.rpartition("/")[0]
+    return root if "://" in root else str(Path(root).expanduser().resolve())
+
+
+def _locate(
+    image: str | None, root: str, origin: Origin
+) -> tuple[str | None, str | None, str | None]:
     """(url, media, sha256 of the image file) of what an annotation calls its image."""
     if image is None:
         return None, None, None
-    if image.lower().startswith(("http://", "https://")):
-        return image.strip(), None, None
-    whole = "://" in image or image.startswith("/")
-    place = image if whole else f"{root.rstrip('/')}/{image}"
+    place = None if is_url(image) else _place(image, root, origin)
+    if place is None:
+        return image.strip() or None, None, None
     try:
         return None, place, media.sha256(place)
     except OSError:
         return None, place, None
+
+
+def _place(image: str, root: str, origin: Origin) -> str | None:
+    """The file that an annotation means, on the file system of ``root``; None if it means none.
+
+    People who annotate may name any file there. A list from the web names what lies below
+    ``root``, so that its texts open nothing else, on this machine or another.
+    """
+    protocol = root.partition("://")[0] if "://" in root else None
+    elsewhere = "://" in image and not image.startswith(f"{protocol}://")
+    if elsewhere or "::" in image or "\0" in image:
+        return None
+    whole = "://" in image or (protocol is None and image.startswith("/"))
+    place = image if whole else f"{root.rstrip('/')}/{image}"
+    below = posixpath.normpath(place).startswith(f"{posixpath.normpath(root).rstrip('/')}/")
+    return place if below or origin == "human" else None

@@ -62,6 +62,13 @@ class Target(NamedTuple):
     port: int
     path: str
 
+    @property
+    def origin(self) -> str:
+        """Scheme, host and port, in one spelling."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        usual = self.port == (443 if self.scheme == "https" else 80)
+        return f"{self.scheme}://{host}" + ("" if usual else f":{self.port}")
+
 
 def parse_url(url: str) -> Target:
     """The connection that an http(s) URL asks for; non-ASCII parts are encoded.
@@ -116,7 +123,7 @@ class Connector:
 
     Args:
         timeout: seconds for a name look-up, for a connection, and between two arriving pieces.
-        threads: how many look-ups may run at once.
+        threads: how many may open sockets at once.
         connect_to: host → ``address:port`` to connect to instead of what the host resolves to.
         private_hosts: host names that may resolve to addresses inside the network.
     """
@@ -132,8 +139,9 @@ class Connector:
         self._connect_to = connect_to
         self._private = frozenset(host.lower() for host in private_hosts)
         self._tls = ssl.create_default_context()
-        # getaddrinfo knows no time-out: it runs where its caller can stop waiting for it.
-        self._resolver = ThreadPoolExecutor(threads, thread_name_prefix="resolve")
+        # getaddrinfo knows no time-out: it runs where its caller can stop waiting for it. One whose
+        # caller has stopped keeps its thread for some time, which nobody else should wait for.
+        self._resolver = ThreadPoolExecutor(4 * threads, thread_name_prefix="resolve")
         self._most_idle = threads
         self._idle: deque[_Idle] = deque()  # the last one used at the end
         self._lock = threading.Lock()
@@ -232,6 +240,7 @@ class Connector:
         try:
             found = future.result(timeout=_left(deadline, self._timeout))
         except TimeoutError as error:
+            future.cancel()
             raise FetchError("timeout", f"name look-up of {host}", transient=True) from error
         except socket.gaierror as error:
             again = error.errno == socket.EAI_AGAIN

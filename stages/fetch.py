@@ -13,6 +13,7 @@ import re
 import threading
 import time
 import zlib
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -269,19 +270,30 @@ class Fetcher:
 
 class _Budget:
     """Bytes that large bodies may take up together. Each asks once, for all that it may need: who
-    has some never waits for more, so nobody waits for ever."""
+    has some never waits for more, so nobody waits for ever. They are served in turn, so that small
+    ones do not pass a large one by for ever."""
 
     def __init__(self, size: int) -> None:
         self._left = size
+        self._waiting: deque[object] = deque()
         self._changed = threading.Condition()
 
     def take(self, size: int, deadline: float) -> None:
-        """Raises: TimeoutError: nothing came free in time."""
+        """Raises: FetchError: nothing came free in time, which is not the host's failure."""
+        me = object()
         with self._changed:
             left = min(max(0.0, deadline - time.monotonic()), threading.TIMEOUT_MAX)
-            if not self._changed.wait_for(lambda: self._left >= size, left):
-                raise TimeoutError("total time is up")
-            self._left -= size
+            self._waiting.append(me)
+            try:
+                if not self._changed.wait_for(lambda: self._may_take(me, size), left):
+                    raise FetchError("failed", "no memory came free in time", transient=True)
+                self._left -= size
+            finally:
+                self._waiting.remove(me)
+                self._changed.notify_all()
+
+    def _may_take(self, who: object, size: int) -> bool:
+        return self._waiting[0] is who and self._left >= size
 
     def give_back(self, size: int) -> None:
         with self._changed:
@@ -314,7 +326,7 @@ def _read(
         raise FetchError("too_large", f"{declared} bytes, at most {limit}")
     encoding = response.getheader("Content-Encoding", "identity").strip().lower()
     plain = encoding in {"", "identity"}
-    hold(min(declared or 0, limit) if plain else limit)
+    hold(min(declared or 0, limit) if plain else 0)
     expand = None if plain else _decoder(encoding, limit)
     pieces: list[bytes] = []
     received = size = 0
@@ -327,7 +339,7 @@ def _read(
                 return b"".join([*pieces, piece])[:limit]
             raise FetchError("too_large", f"more than {limit} bytes")
         if size > _LARGE:
-            hold(limit)  # unless it was declared
+            hold(limit)  # unless it was declared, and plain
         pieces.append(piece)
     if declared is not None and received < declared:
         detail = f"body cut short: {received} of {declared} bytes"

@@ -31,9 +31,15 @@ from stages.readers import (
 )
 from stages.schemas import SOURCES
 from stages.seen import SeenPairs, mark_repeats
+from stages.tars import read_webdataset
 from stages.texts import Language, clean_text, identify_language, score_text
 
-READERS = {**TABLES, "annotations": read_annotations, "json": read_json}
+READERS = {
+    **TABLES,
+    "webdataset": read_webdataset,
+    "annotations": read_annotations,
+    "json": read_json,
+}
 
 _EXTENSIONS = {
     ".parquet": "parquet",
@@ -86,7 +92,7 @@ class IngestStage(DatasetStage):
         self.first_shard = first_shard
 
     def run(self, inputs: Mapping[str, Sequence[Path]], output_dir: Path, ctx: Context) -> None:
-        """Raises SourceError: a file cannot be read, is given twice, or a source has no rows."""
+        """Raises SourceError: a file cannot be read or is given twice."""
         check_distinct(self.files)
         with ExitStack() as stack:
             seen = self.seen or stack.enter_context(SeenPairs())
@@ -104,15 +110,9 @@ class IngestStage(DatasetStage):
                 shard += 1
 
     def _tables(self, files: Sequence[SourceFile], ctx: Context) -> Iterator[pa.Table]:
-        rows: dict[str, int] = dict.fromkeys((file.config.path for file in files), 0)
         for number, file in enumerate(files):
             ctx.progress(f"reading {PurePosixPath(file.path).name}", number, len(files))
-            for table in read_rows(file, self.config.language):
-                rows[file.config.path] += table.num_rows
-                yield table
-        for path, count in rows.items():
-            if count == 0:
-                raise _no_rows(path)
+            yield from read_rows(file, self.config.language)
 
 
 def list_files(
@@ -149,7 +149,9 @@ def check_source(source: SourceConfig, origin: Origin = "web", awaited: bool = F
         with readable(file.path, format_):
             if next(READERS[format_](file), None) is not None:
                 return True
-    raise _no_rows(source.path)
+    if awaited:
+        return False
+    raise SourceError(f"{source.path}: holds no rows; give a source that does, or leave it out")
 
 
 def _listed(
@@ -185,10 +187,6 @@ def _file(
 ) -> SourceFile:
     path = name if "file" in _protocols(fs) else fs.unstrip_protocol(name)
     return SourceFile(path, identity, format_, _origin(source, origin), source)
-
-
-def _no_rows(path: str) -> SourceError:
-    return SourceError(f"{path}: holds no rows; give a source that does, or leave it out")
 
 
 def read_rows(file: SourceFile, language: bool = False) -> Iterator[pa.Table]:
@@ -302,7 +300,8 @@ def _content(fs: Any, path: str) -> str:
                 state.update(block)
         return state.hexdigest()
     info = fs.info(path)
-    tag = next((info[key] for key in ("ETag", "etag", "md5Hash", "md5") if info.get(key)), "")
+    # Google's etag changes with the metadata.
+    tag = next((info[key] for key in ("md5Hash", "md5", "ETag", "etag") if info.get(key)), "")
     return f"{str(tag).strip(chr(34))}:{info.get('size')}"
 
 
@@ -333,7 +332,7 @@ def _source_row(file: SourceFile, record: Record, language: bool) -> dict[str, A
         "original_text": original,
         **score_text(text)._asdict(),
         **spoken._asdict(),
-        "image_hash": record.image_hash,
+        "image_hash": None if record.image_hash is None else _valid(record.image_hash),
         "extra": None if record.extra is None else _valid(record.extra),
         "retry_of": None,
         "repeat_of": None,

@@ -19,7 +19,7 @@ from stages.errors import from_remote_store
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif"})
 
-_TAR_MEMBER = re.compile(r"^(.*?\.tar(?:\.gz)?)#(.*)$", re.DOTALL)
+_TAR_MEMBER = re.compile(r"^(.*?\.tar(?:\.gz)?)#(.*)$", re.DOTALL | re.IGNORECASE)
 
 
 def member_name(tar: str, member: str) -> str:
@@ -105,9 +105,14 @@ def tar_members(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     """
     import fsspec
 
-    with fsspec.open(path, "rb") as file, tarfile.open(fileobj=file, mode="r|*") as tar:
+    with (
+        fsspec.open(path, "rb") as file,
+        tarfile.open(fileobj=file, mode="r|*", encoding="utf-8") as tar,
+    ):
         for member in tar:
             if member.isfile():
+                # Arrow and JSON take no half characters, which stand for bytes that are no UTF-8.
+                member.name = member.name.encode("utf-8", "backslashreplace").decode("utf-8")
                 yield tar, member
             tar.members = []  # type: ignore[attr-defined]  # tarfile would remember every header
 

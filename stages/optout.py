@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from protego import Protego
 
-from stages.connect import FetchError
+from stages.connect import FetchError, parse_url
 
 OPT_OUT_DIRECTIVES = ("noai", "noimageai", "noindex", "noimageindex")
 
@@ -35,6 +35,10 @@ _AGENT_LINE = re.compile(r"\s*user(?:-|\s*)agent(?:\s*:|\s)\s*(.*)", re.IGNORECA
 _WILDCARD_STEPS = 10_000_000
 """Wildcards of a robots.txt times characters of a URL: some tenths of a second at most."""
 _HOSTS_REMEMBERED = 10_000
+_BYTES_REMEMBERED = 8 << 20
+"""Of the files of all hosts; parsed, they take some twenty times as much."""
+_LOCATIONS = 1_000
+"""In a tdmrep.json; each is a regular expression."""
 
 Read = Callable[[str, float], tuple[int | None, bytes]]
 """(URL, deadline) → (HTTP status, or None where redirects led nowhere; body). Raises `FetchError`
@@ -79,6 +83,10 @@ class _Site:
     rules: list[Rule] | None = None
     failure: FetchError | None = None
     failed_at: float = 0.0
+    size: int = 0
+    """Bytes of the files that the rules are from."""
+    counted: bool = False
+    """Whether `SiteRules` has added them up."""
 
 
 class SiteRules:
@@ -94,6 +102,7 @@ class SiteRules:
         self._read, self._agent = read, agent
         self._robots, self._tdmrep = robots, tdmrep
         self._known: OrderedDict[str, _Site] = OrderedDict()
+        self._size = 0  # of all that is known
         self._lock = threading.Lock()
 
     def objection(self, url: str, deadline: float = math.inf) -> str | None:
@@ -104,15 +113,23 @@ class SiteRules:
         """
         if not (self._robots or self._tdmrep):
             return None
-        parts = urlsplit(url)
-        name = f"{parts.scheme}://{parts.netloc}"
+        name = parse_url(url).origin
         with self._lock:
             site = self._known.setdefault(name, _Site())
             self._known.move_to_end(name)
-            if len(self._known) > _HOSTS_REMEMBERED:
-                self._known.popitem(last=False)
         rules = self._read_once(name, site, deadline)
+        self._remember(name, site)
         return next((said for rule in rules if (said := rule(url)) is not None), None)
+
+    def _remember(self, name: str, site: _Site) -> None:
+        """Forget the hosts that were asked for longest ago, if the known ones are too much."""
+        with self._lock:
+            if self._known.get(name) is site and not site.counted:
+                site.counted = True
+                self._size += site.size
+            while len(self._known) > _HOSTS_REMEMBERED or self._size > _BYTES_REMEMBERED:
+                _, oldest = self._known.popitem(last=False)
+                self._size -= oldest.size if oldest.counted else 0
 
     def _read_once(self, name: str, site: _Site, deadline: float) -> list[Rule]:
         """The first to come asks the host, the others wait for what it says, or for its failure:
@@ -126,7 +143,7 @@ class SiteRules:
                 if site.failure is not None and site.failed_at >= came:
                     raise site.failure
                 try:
-                    site.rules = list(self._rules(name, deadline))
+                    site.rules, site.size = self._rules(name, deadline)
                 except FetchError as error:
                     site.failure, site.failed_at = error, time.monotonic()
                     raise
@@ -134,11 +151,18 @@ class SiteRules:
         finally:
             site.lock.release()
 
-    def _rules(self, site: str, deadline: float) -> Iterable[Rule]:
+    def _rules(self, site: str, deadline: float) -> tuple[list[Rule], int]:
+        """And how many bytes say them."""
+        rules, size = [], 0
         if self._robots:
-            yield _robots_rule(*self._read(f"{site}/robots.txt", deadline), self._agent)
+            code, body = self._read(f"{site}/robots.txt", deadline)
+            rules.append(_robots_rule(code, body, self._agent))
+            size += len(body)
         if self._tdmrep:
-            yield _tdm_rule(*self._read(f"{site}/.well-known/tdmrep.json", deadline))
+            code, body = self._read(f"{site}/.well-known/tdmrep.json", deadline)
+            rules.append(_tdm_rule(code, body))
+            size += len(body)
+        return rules, size
 
 
 def _robots_rule(code: int | None, body: bytes, agent: str) -> Rule:
@@ -148,7 +172,8 @@ def _robots_rule(code: int | None, body: bytes, agent: str) -> Rule:
     elif code is not None and 400 <= code < 500:
         text = ""
     else:
-        return lambda _: f"robots.txt cannot be read (HTTP {code})" if code else "no robots.txt"
+        why = f"HTTP {code}" if code else "its redirects lead nowhere"
+        return lambda _: f"robots.txt cannot be read ({why})"
     parser, wildcards = Protego.parse(text), text.count("*")
 
     def rule(url: str) -> str | None:
@@ -188,6 +213,9 @@ def _tdm_rule(code: int | None, body: bytes) -> Rule:
         for entry in (entries if isinstance(entries, list) else [])
         if isinstance(entry, dict) and "location" in entry
     ]
+
+    if len(found) > _LOCATIONS:
+        return lambda _: f"tdmrep.json: {len(found)} locations, at most {_LOCATIONS} are read"
 
     def rule(url: str) -> str | None:
         path = urlsplit(url).path or "/"

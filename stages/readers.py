@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import itertools
 import json
 import tarfile
@@ -26,7 +25,6 @@ from typing import Any, Literal, NamedTuple
 import pyarrow as pa
 from pydantic import Field, field_validator
 
-from stages import media
 from stages.base import PAGE_BUFFER, Config, record_batches
 from stages.errors import SourceError, from_remote_store
 
@@ -38,7 +36,7 @@ TEXT_NAMES = ("text", "caption", "alt_text", "alt", "captions", "title", "descri
 
 _LOOK_AHEAD = 100  # rows of a JSONL or text file that decide what it holds
 BATCH_ROWS = 2_000  # a row takes some kB of Python objects while it is made
-_LONGEST_FIELD = 16 * 1024 * 1024
+LONGEST_FIELD = 16 * 1024 * 1024
 """Characters of a field, line or text file at most: a longer one is no caption but the wrong file,
 and would fill the memory."""
 
@@ -115,17 +113,24 @@ class Columns(NamedTuple):
     def records(self, number: int, row: Mapping[str, Any]) -> Iterator[Record]:
         """One record for each text of a row; one at least."""
         several = len(self.texts)
-        found = [(i, text) for i, name in enumerate(self.texts) for text in _texts(row.get(name))]
+        found = [(i, text) for i, name in enumerate(self.texts) for text in texts_of(row.get(name))]
         filled = [(i, text) for i, text in found if text not in (None, "")] or found[:1]
         for i, text in filled if several > 1 else found:
             yield self._record(number * several + i, row, text)
 
     def _record(self, number: int, row: Mapping[str, Any], text: object) -> Record:
-        hash_ = str(row.get(self.hash) or "").strip().lower() if self.hash else ""
-        kept = {name: row.get(name) for name in self.extra}
-        extra = _as_json(kept) if kept else None
+        image_hash, extra = beside(row, self.hash, self.extra)
         record = _row(number, row.get(self.url), text)
-        return record._replace(image_hash=hash_ or None, extra=extra)
+        return record._replace(image_hash=image_hash, extra=extra)
+
+
+def beside(
+    row: Mapping[str, Any], hash_: str | None, extra: Sequence[str]
+) -> tuple[str | None, str | None]:
+    """``image_hash`` and ``extra`` of a record."""
+    given = str(row.get(hash_) or "").strip().lower() if hash_ else ""
+    kept = {name: row.get(name) for name in extra}
+    return given or None, _as_json(kept) if kept else None
 
 
 def _as_json(kept: Mapping[str, Any]) -> str:
@@ -151,8 +156,29 @@ def read_parquet(file: SourceFile) -> Iterator[Record]:
             _check_type(file, name, table.schema_arrow.field(name).type)
         numbers = itertools.count()
         for batch in record_batches(table, BATCH_ROWS, columns.all):
-            for row in batch.to_pylist():
+            for row in _rows(batch):
                 yield from columns.records(next(numbers), row)
+
+
+def _rows(batch: pa.RecordBatch) -> Iterable[Mapping[str, Any]]:
+    """Arrow lets strings pass that are no UTF-8: what is wrong in them is replaced."""
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        columns = [map(_value, column) for column in batch.columns]
+        return (
+            dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)
+        )
+
+
+def _value(scalar: pa.Scalar) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        plain = scalar.value if pa.types.is_dictionary(scalar.type) else scalar
+        buffer = plain.as_buffer() if hasattr(plain, "as_buffer") else b""  # of a list: nothing
+        return bytes(buffer).decode("utf-8", "replace")
 
 
 def read_csv(file: SourceFile) -> Iterator[Record]:
@@ -162,16 +188,16 @@ def read_csv(file: SourceFile) -> Iterator[Record]:
     with _open_text(file.path) as stream:
         first = next((line for line in stream if line.strip()), "")
         names = next(csv.reader([first], delimiter="\t" if tabs else ","), [])
-        headless = file.config.url_column is None and any(map(_is_url, names))
+        headless = file.config.url_column is None and any(map(is_url, names))
         # Lists without a header were written without quoting: a quote is part of the text there.
         quoting: Literal[0, 3] = csv.QUOTE_NONE if tabs and headless else csv.QUOTE_MINIMAL
         if headless:
-            place = next(i for i, name in enumerate(names) if _is_url(name))
+            place = next(i for i, name in enumerate(names) if is_url(name))
             columns = Columns(str(place), (str(0 if place else 1),))
             names = list(map(str, range(len(names))))
         elif names:
             columns = find_columns(file, names)
-        csv.field_size_limit(_LONGEST_FIELD)
+        csv.field_size_limit(LONGEST_FIELD)
         lines = itertools.chain([first], stream) if headless else stream
         rows = csv.reader(lines, delimiter="\t" if tabs else ",", quoting=quoting)
         for number, row in enumerate(row for row in rows if row):
@@ -195,34 +221,13 @@ def read_text(file: SourceFile) -> Iterator[Record]:
         lines = (line.rstrip("\r\n") for line in stream)
         filled = (line.split("\t") for line in lines if line.strip())
         ahead = list(itertools.islice(filled, _LOOK_AHEAD))
-        if ahead and not any(_is_url(cell) for cells in ahead for cell in cells):
+        if ahead and not any(is_url(cell) for cells in ahead for cell in cells):
             raise SourceError(f"{file.path}: no URL in its first lines; expected one URL a line")
         for number, cells in enumerate(itertools.chain(ahead, filled)):
             url, *rest = cells
-            if rest and not _is_url(url) and _is_url(rest[0]):
+            if rest and not is_url(url) and is_url(rest[0]):
                 url, rest[0] = rest[0], url
             yield _row(number, url, rest[0] if rest else "")
-
-
-def read_webdataset(file: SourceFile) -> Iterator[Record]:
-    """Members with the same name up to the first dot are one sample, in sequence."""
-    numbers = itertools.count()
-    for _, members in itertools.groupby(_members(file.path), key=lambda member: member[0]):
-        image: tuple[str, str] | None = None
-        texts: dict[str, list[str]] = {}
-        for _, name, extension, content in members:
-            if extension in media.IMAGE_EXTENSIONS:
-                image = image or (name, content)
-            else:
-                texts[extension] = _member_texts(extension, content, file.config.text_column)
-        for text in next(
-            (texts[kind] for kind in ("txt", "caption", "json") if kind in texts), [""]
-        ):
-            if image is None:
-                yield Record(next(numbers), None, text)
-            else:
-                place = media.member_name(file.path, image[0])
-                yield Record(next(numbers), None, text, place, image[1])
 
 
 def find_columns(file: SourceFile, names: Sequence[str]) -> Columns:
@@ -266,7 +271,7 @@ def json_lines(path: str) -> Iterator[Mapping[str, Any]]:
         for number, line in enumerate(lines):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 if number == 0:
                     raise
                 row = None
@@ -284,7 +289,7 @@ def readable(path: str, format: str) -> Iterator[None]:
         raise SourceError(f"{path}: no such file") from error
     except (OSError, EOFError, zlib.error, gzip.BadGzipFile, tarfile.TarError) as error:
         raise SourceError(f"{path}: cannot be read as {format}: {_line(error)}") from error
-    except (pa.ArrowException, csv.Error, ValueError) as error:
+    except (pa.ArrowException, csv.Error, ValueError, RecursionError) as error:
         raise SourceError(f"{path}: not a valid {format} file: {_line(error)}") from error
     except (KeyError, TypeError, AttributeError) as error:
         detail = f"{type(error).__name__} {_line(error)}"
@@ -313,9 +318,9 @@ def _open_text(path: str) -> Iterator[Iterator[str]]:
 def _lines(stream: Any) -> Iterator[str]:
     """Raises ValueError: a line is too long; no more of it is read."""
     for number in itertools.count(1):
-        line = stream.readline(_LONGEST_FIELD + 1)
-        if len(line) > _LONGEST_FIELD:
-            raise ValueError(f"line {number} has more than {_LONGEST_FIELD:,} characters")
+        line = stream.readline(LONGEST_FIELD + 1)
+        if len(line) > LONGEST_FIELD:
+            raise ValueError(f"line {number} has more than {LONGEST_FIELD:,} characters")
         if not line:
             return
         yield line
@@ -326,7 +331,7 @@ def _row(number: int, url: object, text: object) -> Record:
     return Record(number, address or None, "" if text is None else str(text))
 
 
-def _is_url(cell: str) -> bool:
+def is_url(cell: str) -> bool:
     return cell.strip().lower().startswith(("http://", "https://"))
 
 
@@ -337,50 +342,7 @@ def _check_type(file: SourceFile, name: str, kind: pa.DataType) -> None:
         raise SourceError(f"{file.path}: column {name} holds {kind}, not text; name another column")
 
 
-def _members(path: str) -> Iterator[tuple[str, str, str, str]]:
-    """(key of the sample, member name, extension, content) of the files that matter; of an image
-    its sha256, since it may be of any size.
-
-    Raises:
-        ValueError: a text is too long.
-    """
-    wanted = media.IMAGE_EXTENSIONS | {"txt", "caption", "json"}
-    for tar, member in media.tar_members(path):
-        folder, _, name = member.name.rpartition("/")
-        key, _, extension = name.partition(".")
-        if extension.lower() in wanted:
-            kind = extension.lower()
-            yield f"{folder}/{key}", member.name, kind, _content(tar, member, kind)
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str) -> str:
-    if extension in media.IMAGE_EXTENSIONS:
-        file: Any = tar.extractfile(member)
-        return hashlib.file_digest(file, "sha256").hexdigest()
-    if member.size > _LONGEST_FIELD:
-        raise ValueError(f"{member.name[:200]} has more than {_LONGEST_FIELD:,} bytes")
-    return media.member_bytes(tar, member).decode("utf-8", "replace")
-
-
-def _member_texts(extension: str, text: str, column: str | tuple[str, ...] | None) -> list[str]:
-    if extension != "json":
-        return [text]
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError:
-        return [""]
-    if not isinstance(fields, dict):
-        return [""]
-    lower = {str(name).lower(): value for name, value in fields.items()}
-    if isinstance(column, tuple):
-        several = [text for name in column for text in _texts(lower.get(name.lower())) if text]
-        return list(map(str, several)) or [""]
-    names: Iterable[str] = (column.lower(),) if column else TEXT_NAMES
-    found = next((lower[name] for name in names if lower.get(name) is not None), None)
-    return ["" if text is None else str(text) for text in _texts(found)]
-
-
-def _texts(value: object) -> list[object]:
+def texts_of(value: object) -> list[object]:
     """One row for each text; a row without text stays a row."""
     return (value or [""]) if isinstance(value, list) else [value]
 
@@ -391,5 +353,4 @@ TABLES: Mapping[str, Callable[[SourceFile], Iterator[Record]]] = {
     "tsv": read_csv,
     "jsonl": read_jsonl,
     "text": read_text,
-    "webdataset": read_webdataset,
 }

@@ -176,8 +176,8 @@ _READS: Mapping[str, tuple[pa.Schema, tuple[str, ...]]] = {
     "sources": (
         SOURCES,
         (
-            *("row_id", "sample_id", "source", "text", "retry_of", "text_words"),
-            *("text_letters", "text_repetition", "text_boilerplate"),
+            *("row_id", "sample_id", "source", "text", "retry_of", "repeat_of"),
+            *("text_words", "text_letters", "text_repetition", "text_boilerplate"),
             *("text_language", "text_language_score"),
         ),
     ),
@@ -238,7 +238,7 @@ SELECT sample_id, text, any_value(reason) AS reason FROM (
             THEN text_language || ' is none of select.texts.languages'
         WHEN text_language_score < $min_language_score::FLOAT
             THEN 'language less sure than select.texts.min_language_score' END AS reason
-    FROM sources WHERE source = 'web'
+    FROM sources WHERE source = 'web' AND repeat_of IS NULL
 ) WHERE reason IS NOT NULL GROUP BY sample_id, text
 """
 

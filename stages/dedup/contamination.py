@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -61,7 +62,8 @@ def read_evaluation(
     """
     from stages.keeper import ImageKeeper
 
-    keeper = ImageKeeper(config)
+    # However small or long a picture is, the training set may hold a larger copy of it.
+    keeper = ImageKeeper(config.model_copy(update={"min_image_size": 1, "max_aspect_ratio": inf}))
     rows: list[tuple[str, str | None, str | None, str | None]] = []
     vectors: list[Matrix] = []
     for name, path in sets.items():
@@ -134,10 +136,12 @@ def _stored(path: Path, width: int) -> Matrix:
         raise SourceError(
             f"dedup.evaluation: {path}: cannot be read: {error}; {_NEEDED}"
         ) from error
-    column = column.drop_null()
-    if not len(column):
+    if not len(given := column.drop_null()):
         return np.zeros((0, width), dtype=np.float32)
-    return _unit(as_matrix(column, f"dedup.evaluation: {path}"), width, path)
+    vectors = _unit(as_matrix(given, f"dedup.evaluation: {path}"), width, path)
+    every = np.zeros((len(column), width), dtype=np.float32)  # pictures are told by their row
+    every[np.asarray(column.is_valid())] = vectors
+    return every
 
 
 def _unit(block: npt.NDArray[np.float16], width: int, path: Path) -> Matrix:

@@ -105,13 +105,23 @@ def _expanded(
     members: list[Rows], a: Rows, b: Rows, bits: Rows
 ) -> Iterator[tuple[Rows, Rows, Rows]]:
     """Image pairs and their distances, from pairs of hashes; some at a time."""
-    sizes = np.array([len(members[i]) * len(members[j]) for i, j in zip(a, b, strict=True)])
-    for part in np.split(np.arange(len(a)), _cuts(sizes)):
+    pieces: list[tuple[Rows, Rows, int]] = []
+    for i, j, distance in zip(a, b, bits, strict=True):
+        # Two hashes that thousands of images have each, of flat pictures, are millions of pairs.
+        step = max(1, _PAIRS // len(members[j]))
+        pieces += [
+            (members[i][start : start + step], members[j], distance)
+            for start in range(0, len(members[i]), step)
+        ]
+    sizes = np.array([len(left) * len(right) for left, right, _ in pieces])
+    for part in np.split(np.arange(len(pieces)), _cuts(sizes)):
         if not len(part):
             continue
-        lefts = [np.repeat(members[a[k]], len(members[b[k]])) for k in part]
-        rights = [np.tile(members[b[k]], len(members[a[k]])) for k in part]
-        yield np.concatenate(lefts), np.concatenate(rights), np.repeat(bits[part], sizes[part])
+        chosen = [pieces[k] for k in part]
+        lefts = [np.repeat(left, len(right)) for left, right, _ in chosen]
+        rights = [np.tile(right, len(left)) for left, right, _ in chosen]
+        distances = np.repeat([distance for _, _, distance in chosen], sizes[part])
+        yield np.concatenate(lefts), np.concatenate(rights), distances
 
 
 def _cuts(sizes: Rows) -> Rows:

@@ -82,8 +82,8 @@ def load_images(
     """The downloaded images of a round from one kind of source, their embeddings in a file below
     ``scratch``.
 
-    Of a sample that two shards hold, the smallest hashes count, so that the order of shards does
-    not.
+    Of a sample that two shards hold, the image of the first counts, as in `stages.select`; files
+    come in the order of shards.
 
     Raises:
         RunError: embeddings of different lengths or models, which cannot be compared.
@@ -92,10 +92,12 @@ def load_images(
     table = read_table(download, DOWNLOAD, names)
     wanted = pc.and_(pc.equal(table["source"], source), pc.equal(table["status"], "success"))
     hashes = ("sha256", "pixel_sha256", "phash")
-    table = table.filter(wanted).group_by("sample_id").aggregate([(h, "min") for h in hashes])
+    first = pc.ScalarAggregateOptions(skip_nulls=False)
+    samples = table.filter(wanted).group_by("sample_id", use_threads=False)
+    table = samples.aggregate([(name, "first", first) for name in hashes])
     table = table.sort_by("sample_id").combine_chunks()
     sample_ids, sha256, pixels, phash = (
-        table[name].combine_chunks() for name in ("sample_id", *(f"{h}_min" for h in hashes))
+        table[name].combine_chunks() for name in ("sample_id", *(f"{h}_first" for h in hashes))
     )
     vectors, embedded, model = load_embeddings(embeddings, sample_ids, scratch / f"{source}.f16")
     hashed = np.asarray(phash.is_valid())
@@ -136,7 +138,7 @@ def load_embeddings(
                     "cannot be compared; embed every shard with one model"
                 )
             rows = pc.index_in(table["sample_id"], value_set=sample_ids).to_numpy()
-            good = usable(block)
+            good = usable(block) & ~embedded[rows]
             vectors.write(rows[good].astype(np.int64), block[good])
             embedded[rows[good]] = True
     return vectors, embedded, next(iter(models), None)

@@ -43,7 +43,8 @@ class DedupStage(DatasetStage):
     ``contaminated.parquet`` (CONTAMINATED); and ``dedup.parquet`` (DEDUP), what was measured.
 
     An image without a usable embedding (failed, not finite, or zero) is only tied by its bytes or
-    pixels. The result does not depend on the order of files or rows, nor on how the work is spread.
+    pixels. Where two shards hold different images of one sample, the first counts; else the result
+    does not depend on the order of files or rows, nor ever on how the work is spread.
 
     Raises:
         RunError: embeddings of different lengths or models, which cannot be compared; or too

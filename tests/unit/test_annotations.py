@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from stages import media
 from stages.errors import SourceError
 from stages.ingest import list_files, read_rows
 from stages.readers import SourceConfig
@@ -134,3 +135,70 @@ def test_other_json_is_refused_in_one_line(tmp_path: Path, document: Any, messag
     with pytest.raises(SourceError, match=message) as caught:
         rows(path)
     assert "\n" not in str(caught.value)
+
+
+def web(path: Path, **options: Any) -> list[dict[str, Any]]:
+    files = list_files(SourceConfig(path=str(path), **options))
+    return [row for file in files for table in read_rows(file) for row in table.to_pylist()]
+
+
+def listed(path: Path, *images: object) -> Path:
+    path.write_text(json.dumps([{"image": image, "caption": "t"} for image in images]))
+    return path
+
+
+def test_a_list_from_the_web_opens_nothing_but_images_beside_it(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    monkeypatch.setattr(media, "sha256", lambda place: opened.append(place) or "00")
+    outside = [
+        "simplecache::http://127.0.0.1:1/x",
+        "file:///etc/passwd",
+        "ftp://a.test/x",
+        "memory://x",
+        "foo://q",
+        "/etc/passwd",
+        "../../x.jpg",
+        "a\0b",
+        "0.jpg::x",
+        "..",
+    ]
+    rows_ = web(listed(images / "x.json", "0.jpg", *outside, "a/../1.jpg", str(images / "2.jpg")))
+    assert [row["url"] for row in rows_] == [None, *outside, None, None]
+    inside = [f"{images}/0.jpg", f"{images}/a/../1.jpg", f"{images}/2.jpg"]
+    assert opened == inside
+    assert [row["media"] for row in rows_ if row["media"]] == inside
+
+
+def test_people_who_annotate_may_name_any_file_of_their_file_system(images: Path) -> None:
+    path = listed(images.parent / "x.json", str(images / "0.jpg"), "images/1.jpg", "s3://b/x.jpg")
+    found = rows(path, image_root=str(images.parent / "elsewhere" / ".."))
+    assert [row["media"] and Path(row["media"]).name for row in found] == ["0.jpg", "1.jpg", None]
+    assert found[2]["url"] == "s3://b/x.jpg"
+
+
+def test_a_relative_folder_of_images_is_found_from_everywhere(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(images.parent)
+    (row,) = rows(listed(images.parent / "x.json", "0.jpg"), image_root="images")
+    assert row["media"] == str(images / "0.jpg")
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        [{"image": "0.jpg", "captions": ["a", None]}],
+        {
+            "images": [{"id": 1, "file_name": "0.jpg"}],
+            "annotations": [{"image_id": 1, "caption": text} for text in ("a", None)],
+        },
+        {"images": [{"filename": "0.jpg", "sentences": [{"raw": "a"}, {"raw": None}]}]},
+        {"image_urls": ["http://a.test/0.jpg"] * 2, "captions": ["a", None]},
+    ],
+)
+def test_a_caption_that_is_null_is_empty(images: Path, document: Any) -> None:
+    path = images / "x.json"
+    path.write_text(json.dumps(document))
+    assert [text for _, text in texts(path)] == ["a", ""]

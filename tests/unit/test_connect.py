@@ -189,6 +189,30 @@ def test_a_slow_look_up_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - start < 2
 
 
+def test_names_that_nobody_looks_up_hold_up_no_other(
+    monkeypatch: pytest.MonkeyPatch, listener: socket.socket
+) -> None:
+    """As many as there are threads hang; their callers have gone."""
+    stop, real = threading.Event(), socket.getaddrinfo
+
+    def slow(host: str, *rest: object) -> object:
+        if host.startswith("slow"):
+            stop.wait(10)
+            return []
+        return real("127.0.0.1", *rest)
+
+    monkeypatch.setattr(socket, "getaddrinfo", slow)
+    patient = connector(timeout=0.2, private_hosts=("good.test",))
+    try:
+        for number in range(3):
+            with pytest.raises(FetchError):
+                patient.open(Target("http", f"slow{number}.test", 80, "/"), soon())
+        port = listener.getsockname()[1]
+        patient.open(Target("http", "good.test", port, "/"), soon()).close()
+    finally:
+        stop.set()
+
+
 def test_an_answer_that_changes_cannot_slip_through(
     monkeypatch: pytest.MonkeyPatch, listener: socket.socket
 ) -> None:

@@ -545,3 +545,34 @@ def test_a_million_hashes_are_looked_up_not_compared() -> None:
     assert "MultiHash" in type(hashes.empty_index(1_000_000, 16)).__name__
     assert "Flat" in type(hashes.empty_index(500, 16)).__name__
     assert "Flat" in type(hashes.empty_index(1_000_000, 92)).__name__
+
+
+def test_pairs_of_two_popular_hashes_come_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hashes, "_PAIRS", 100)
+    members = [np.arange(30), np.arange(30, 80), np.arange(80, 81)]
+    pairs = [(0, 1, 3), (0, 2, 4), (2, 1, 5)]
+    a, b, bits = (np.array(part) for part in zip(*pairs, strict=True))
+    parts = list(hashes._expanded(members, a, b, bits))
+    assert max(len(left) for left, _, _ in parts) <= 200
+    found = [pair for part in parts for pair in zip(*map(list, part), strict=True)]
+    expected = [(i, j, bit) for x, y, bit in pairs for i in members[x] for j in members[y]]
+    assert sorted(found) == sorted(expected)
+
+
+def test_of_a_sample_in_two_shards_the_first_image_counts(tmp_path: Path) -> None:
+    """A banner that rotates: ``a`` was another picture when the second shard asked for it."""
+    shards = [
+        download([{"sample_id": "a", "sha256": "bb"}, {"sample_id": "b", "sha256": "11"}]),
+        download([{"sample_id": "a", "sha256": "aa"}, {"sample_id": "c", "sha256": "22"}]),
+    ]
+    vectors = [
+        embeddings({"a": [1, 0, 0], "b": [1, 0, 0]}),
+        embeddings({"a": [0, 1, 0], "c": [0, 1, 0]}),
+    ]
+    images = dedup_images.load_images(
+        write_shards(tmp_path, "download", shards),
+        write_shards(tmp_path, "embeddings", vectors),
+        tmp_path,
+    )
+    assert images.sha256.to_pylist() == ["bb", "11", "22"]
+    assert images.vectors.read(np.arange(3)).argmax(axis=1).tolist() == [0, 0, 1]

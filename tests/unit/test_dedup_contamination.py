@@ -122,17 +122,29 @@ def test_every_net_finds_what_folders_and_tars_hold(tmp_path: Path, embedder: Pa
     assert {"net": "contamination", "metric": "images", "value": 3.0} in measured
 
 
+def test_a_picture_too_small_to_train_on_is_still_found(tmp_path: Path, embedder: Path) -> None:
+    inputs = tables(tmp_path, embedder, {"large": encoded(picture(1, 128))}, {})
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "0.png").write_bytes(encoded(picture(1, 40)))
+    inputs[f"{EVALUATION}test"] = [tmp_path / "test"]
+    config = DedupConfig(semantic_cosine=None, perceptual_cosine=None, max_contaminated=1)
+    stage = DedupStage(config, IMAGES.model_copy(update={"min_image_size": 64}))
+    stage.run(inputs, tmp_path, LocalContext())
+    (row,) = pq.read_table(tmp_path / "contaminated.parquet").to_pylist()
+    assert (row["sample_id"], row["collides_with"]) == ("large", "test/0.png")
+
+
 def test_embeddings_alone_are_enough(tmp_path: Path, embedder: Path) -> None:
     web = {name: encoded(picture(seed)) for seed, name in enumerate("abc", start=1)}
     inputs = tables(tmp_path, embedder, web, {})
     stored = pq.read_table(tmp_path / "embed.parquet")["embedding"].slice(1, 1)
     zero = pa.array([np.zeros(len(stored[0]), np.float16)], stored.type)
-    column = pa.chunked_array([zero, *stored.chunks])
+    column = pa.chunked_array([pa.nulls(1, stored.type), zero, *stored.chunks])
     pq.write_table(pa.table({"embedding": column}), tmp_path / "nocaps.parquet")
     inputs[f"{EVALUATION}nocaps"] = [tmp_path / "nocaps.parquet"]
     config = DedupConfig(semantic_cosine=0.99999)
     found = run(tmp_path, inputs, config)
-    assert found == {"b": ("nocaps/1", "semantic", pytest.approx(1.0, abs=1e-3))}
+    assert found == {"b": ("nocaps/2", "semantic", pytest.approx(1.0, abs=1e-3))}
 
 
 def test_nothing_to_compare_with_contaminates_nothing(tmp_path: Path, embedder: Path) -> None:

@@ -1,5 +1,6 @@
 """Fetching from a server that does everything wrong."""
 
+import math
 import shutil
 import socket
 import subprocess
@@ -12,8 +13,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from stages.connect import FetchError
 from stages.crawl import Crawler
-from stages.fetch import FetchConfig, Fetched, Fetcher, Hop
+from stages.fetch import FetchConfig, Fetched, Fetcher, Hop, _Budget
 from tests.servers import WebServer, certified, gzip_bomb, known_locally, picture
 
 Fetch = Callable[..., Fetched]
@@ -131,7 +133,8 @@ def test_compressed_bodies_are_expanded(fetch: Fetch, web: WebServer) -> None:
 
     body = gzip.compress(picture())
     web.serve("/gzip.jpg", body, Content_Encoding="gzip")
-    assert fetch("/gzip.jpg").body == picture()
+    fetched = fetch("/gzip.jpg")
+    assert (fetched.body, fetched.held) == (picture(), 0)  # a small one waits for no memory
     web.serve("/brotli.jpg", body, Content_Encoding="br")
     assert "br" in (fetch("/brotli.jpg").detail or "")
     web.serve("/bad.jpg", b"not gzip", Content_Encoding="gzip")
@@ -245,3 +248,38 @@ def test_what_webmasters_are_told_fits_a_header(name: str, text: str) -> None:
     with pytest.raises(ValidationError, match="one line of Latin-1"):
         FetchConfig(**{name: text})
     assert FetchConfig(**{name: "Bücherei https://a.test/bot?x=1"})
+
+
+def test_waiting_for_memory_is_not_the_hosts_failure() -> None:
+    budget = _Budget(100)
+    budget.take(80, math.inf)
+    with pytest.raises(FetchError, match="no memory came free in time") as caught:
+        budget.take(50, time.monotonic() + 0.05)
+    assert caught.value.status == "failed" and caught.value.transient
+    budget.take(20, math.inf)
+
+
+def test_large_bodies_are_served_in_turn() -> None:
+    """However many small ones come after it, the large one is next."""
+    budget, served = _Budget(100), list[int]()
+
+    def take(size: int) -> None:
+        budget.take(size, time.monotonic() + 30)
+        served.append(size)
+
+    budget.take(60, math.inf)
+    threads = []
+    for number, size in enumerate((90, 30, 10), 1):
+        threads.append(threading.Thread(target=take, args=(size,)))
+        threads[-1].start()
+        while len(budget._waiting) < number:
+            time.sleep(0.001)
+    assert served == []
+    budget.give_back(60)
+    threads[0].join(30)
+    threads[2].join(0.05)
+    assert served == [90]
+    budget.give_back(90)
+    for thread in threads:
+        thread.join(30)
+    assert sorted(served) == [10, 30, 90]

@@ -205,7 +205,7 @@ def test_missing_and_empty_sources_are_one_line(tmp_path: Path, name: str, messa
     elif name == "none.parquet":
         table(tmp_path / name, [])
     with pytest.raises(SourceError, match=message) as caught:
-        ingest(tmp_path / "out", files(tmp_path / name))
+        check_source(SourceConfig(path=str(tmp_path / name)))
     assert str(tmp_path / name) in str(caught.value)
     assert "\n" not in str(caught.value)
 

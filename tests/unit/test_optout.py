@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 import tracemalloc
@@ -12,6 +13,7 @@ from email.message import Message
 
 import pytest
 
+from stages import optout
 from stages.connect import FetchError
 from stages.crawl import Crawler
 from stages.fetch import FetchConfig, Fetched, Fetcher, Hop
@@ -313,3 +315,55 @@ def test_tdm_reservation_file(web: WebServer, document: bytes, outcomes: tuple[s
     paths = ("/open/a.jpg", "/closed/a.jpg", "/closed/but.jpg")[: len(outcomes)]
     found = crawl(web, *paths, respect_tdmrep=True)
     assert tuple(found[path].status for path in paths) == outcomes
+
+
+def test_one_host_is_asked_once_however_it_is_spelt() -> None:
+    asked: list[str] = []
+
+    def read(url: str, deadline: float) -> tuple[int | None, bytes]:
+        asked.append(url)
+        return 200, b"User-agent: *\nDisallow: /private"
+
+    rules = SiteRules(read, "capfilt", robots=True, tdmrep=False)
+    for host in ("a.test", "1@a.test", "2:x@A.test", "a.test:80"):
+        assert rules.objection(f"http://{host}/private/x.jpg") == "robots.txt"
+    assert asked == ["http://a.test/robots.txt"]
+    assert rules.objection("http://[2606:4700::1]:81/x.jpg") is None
+    assert asked[1:] == ["http://[2606:4700::1]:81/robots.txt"]
+
+
+def test_what_hosts_say_takes_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optout, "_BYTES_REMEMBERED", 1_000)
+    asked = Counter[str]()
+
+    def read(url: str, deadline: float) -> tuple[int | None, bytes]:
+        asked[url] += 1
+        return 200, b"#" * 400
+
+    rules = SiteRules(read, "capfilt", robots=True, tdmrep=False)
+    for host in "ababc":
+        rules.objection(f"http://{host}.test/x.jpg")
+    assert len(rules._known) == 2 and rules._size == 800
+    rules.objection("http://b.test/x.jpg")
+    rules.objection("http://a.test/x.jpg")
+    times = {"a": 2, "b": 1, "c": 1}
+    assert asked == {f"http://{host}.test/robots.txt": n for host, n in times.items()}
+
+
+def test_a_tdmrep_json_of_thousands_of_locations_is_no_permission() -> None:
+    entries = [{"location": f"/{n}", "tdm-reservation": 0} for n in range(1_001)]
+
+    def read(url: str, deadline: float) -> tuple[int | None, bytes]:
+        return 200, json.dumps(entries).encode()
+
+    rules = SiteRules(read, "capfilt", robots=False, tdmrep=True)
+    expected = "tdmrep.json: 1001 locations, at most 1000 are read"
+    assert rules.objection("http://a.test/x.jpg") == expected
+    entries.pop()
+    assert rules.objection("http://b.test/x.jpg") is None
+
+
+def test_redirects_that_lead_nowhere_are_told() -> None:
+    rules = SiteRules(lambda *_: (None, b""), "capfilt", robots=True, tdmrep=False)
+    told = rules.objection("http://a.test/x.jpg")
+    assert told == "robots.txt cannot be read (its redirects lead nowhere)"

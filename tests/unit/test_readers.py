@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from stages import readers
+from stages import media, readers, tars
 from stages.errors import SourceError
 from stages.ingest import list_files, read_rows
 from stages.readers import SourceConfig
@@ -134,6 +134,64 @@ def test_webdataset_samples_with_each_kind_of_text(tmp_path: Path) -> None:
     assert all(row["url"] is None for row in rows)
 
 
+def test_configured_columns_of_a_webdataset_are_those_of_its_json(tmp_path: Path) -> None:
+    fields = {"alt": "from alt", "title": "from title", "similarity": 0.5, "sha256": "AB"}
+    members = {"0.txt": b"from txt", "0.json": json.dumps(fields).encode(), "1.txt": b"alone"}
+    tar(tmp_path / "a.tar", members)
+
+    def rows(**options: object) -> list[tuple[str, str | None, str | None]]:
+        (file,) = list_files(SourceConfig(path=str(tmp_path), **options))
+        found = [row for table in read_rows(file) for row in table.to_pylist()]
+        return [(row["original_text"], row["image_hash"], row["extra"]) for row in found]
+
+    named = rows(text_column="alt", hash_column="sha256", keep_columns=["similarity"])
+    assert named == [("from alt", "ab", '{"similarity": 0.5}'), ("", None, '{"similarity": null}')]
+    assert [row[0] for row in rows(text_column=["title", "alt"])] == ["from title", "from alt", ""]
+    assert rows(keep_columns=["alt"])[0] == ("from txt", None, '{"alt": "from alt"}')
+    with pytest.raises(SourceError, match=r"a\.tar: no column nsfw in the \.json of any sample"):
+        rows(keep_columns=["nsfw", "alt"])
+
+
+def test_images_of_a_tar_are_found_again_whatever_it_and_they_are_called(tmp_path: Path) -> None:
+    path = tar(
+        tmp_path / "A.TAR", {"caf\udce9.jpg": b"one", "caf\udce9.txt": b"t", "é.jpg": b"two"}
+    )
+    (file,) = list_files(SourceConfig(path=str(tmp_path)))
+    names = [row["media"] for table in read_rows(file) for row in table.to_pylist()]
+    assert names == [f"{path}#caf\\udce9.jpg", f"{path}#é.jpg"]
+    assert dict(media.read_many(names)) == {names[0]: b"one", names[1]: b"two"}
+
+
+def test_one_bad_row_spoils_no_other(tmp_path: Path) -> None:
+    huge, deep = '{"n": ' + "9" * 5_000 + "}", "[" * 100_000
+    good = json.dumps({"url": A, "text": "t"})
+    (tmp_path / "x.jsonl").write_text("\n".join([good, huge, deep, good]))
+    assert read(tmp_path / "x.jsonl") == [(A, "t"), (None, ""), (None, ""), (A, "t")]
+    tar(tmp_path / "x.tar", {"0.json": huge.encode(), "1.json": deep.encode(), "2.txt": b"t"})
+    assert read(tmp_path / "x.tar") == [(None, ""), (None, ""), (None, "t")]
+    odd = json.dumps({"url": A, "text": "t", "md5": "\ud800"})
+    (tmp_path / "y.jsonl").write_text(f'{good[:-1]}, "md5": "ab"}}\n{odd}')
+    assert read(tmp_path / "y.jsonl", hash_column="md5") == [(A, "t"), (A, "t")]
+
+
+def test_bytes_in_a_table_that_are_no_utf8_are_replaced(tmp_path: Path) -> None:
+    strings = pa.array([b"t", b"caf\xe9", None]).view(pa.string())
+    columns = {"url": [A, B, A], "text": strings, "kept": pa.array([[b"\xe9"], [], None])}
+    columns["kept"] = columns["kept"].cast(pa.list_(pa.string()), safe=False)
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    expected = [(A, "t"), (B, "caf\ufffd"), (A, "")]
+    assert read(tmp_path / "x.parquet") == expected
+    coded = columns | {"text": strings.dictionary_encode()}
+    pq.write_table(pa.table(coded), tmp_path / "x.parquet")
+    assert read(tmp_path / "x.parquet", keep_columns=["url"]) == expected
+
+
+def test_a_document_too_deep_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[" * 100_000)
+    with pytest.raises(SourceError, match=r"x\.json: not a valid json file: .*recursion"):
+        read(tmp_path / "x.json")
+
+
 def test_tables_beside_tars_are_read_only_when_asked_for(tmp_path: Path) -> None:
     tar(tmp_path / "00000.tar", {"0.jpg": picture(), "0.txt": b"in the tar"})
     pq.write_table(pa.table({"url": [A], "caption": ["in the table"]}), tmp_path / "00000.parquet")
@@ -169,7 +227,7 @@ def test_unreadable_files_are_one_line(
 def test_a_file_that_is_one_line_is_not_read_into_memory(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_LONGEST_FIELD", 100_000)
+    monkeypatch.setattr(readers, "LONGEST_FIELD", 100_000)
     head = b"url,text\n" if "csv" in name else b'{"url": "u", "text": "t"}\n'
     with gzip.open(tmp_path / name, "wb") as file:
         file.write(head)
@@ -189,14 +247,14 @@ def test_a_file_that_is_one_line_is_not_read_into_memory(
 def test_members_of_tars_are_hashed_in_pieces_and_texts_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, "_LONGEST_FIELD", 100_000)
+    monkeypatch.setattr(tars, "LONGEST_FIELD", 100_000)
     image = bytes(40_000_000)
     good = tar(tmp_path / "good.tar", {"0.jpg": image, "0.txt": b"a cat"})
     bad = tar(tmp_path / "bad.tar", {"0.jpg": b"", "0.txt": b"a" * 100_001})
     files = [file for path in (good, bad) for file in list_files(SourceConfig(path=str(path)))]
     tracemalloc.start()
     try:
-        (record,) = readers.read_webdataset(files[0])
+        (record,) = tars.read_webdataset(files[0])
         assert tracemalloc.get_traced_memory()[1] < 4_000_000
     finally:
         tracemalloc.stop()

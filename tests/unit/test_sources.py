@@ -41,6 +41,20 @@ def test_new_files_become_new_shards_and_old_ones_stay(tmp_path):
     assert ingest(config(tmp_path), store) == second
 
 
+def test_a_file_without_rows_stands_beside_others(tmp_path):
+    """As Spark writes them."""
+    for name, rows in (("a", 0), ("b", 3), ("c", 0)):
+        write(tmp_path, name, rows)
+    store = Store(str(tmp_path / "run"))
+    first = ingest(config(tmp_path), store)
+    assert sorted(first) == ["000000", "000001"]
+    cut = [name for name in store.record_names() if "/stage=ingest/" in name]
+    assert len(cut) == 3
+    assert ingest(config(tmp_path), store) == first
+    write(tmp_path, "d", 1)
+    assert sorted(ingest(config(tmp_path), store)) == ["000000", "000001", "000002"]
+
+
 def test_other_column_settings_on_a_cut_file_are_refused(tmp_path):
     write(tmp_path, "a", 3)
     store = Store(str(tmp_path / "run"))
