@@ -44,6 +44,7 @@ bench: install  ## every benchmark but that of chaos, at sizes for two cores
 	$(BIN)/python -m tests.bench.dedup
 	$(BIN)/python -m tests.bench.scale --gpus 4 8 --shards 200 --seconds 1
 	$(BIN)/python -m tests.bench.scale --raylets --gpus 8 --shards 200 --seconds 4
+	$(BIN)/python -m tests.bench.requests_a_shard
 
 chaos: install  ## what takes long: workers killed ten times, jobs, nodes that come and go, firings
 	$(BIN)/python -m tests.bench.chaos

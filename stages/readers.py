@@ -167,9 +167,8 @@ def _rows(batch: pa.RecordBatch) -> Iterable[Mapping[str, Any]]:
         return rows
     except UnicodeDecodeError:
         columns = [map(_value, column) for column in batch.columns]
-        return (
-            dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)
-        )
+        rows_ = zip(*columns, strict=True)
+        return (dict(zip(batch.schema.names, row, strict=True)) for row in rows_)
 
 
 def _value(scalar: pa.Scalar) -> Any:
