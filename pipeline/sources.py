@@ -17,7 +17,7 @@ from pipeline.records import Payload, Record, fingerprint
 from pipeline.store import Store
 from pipeline.version import code_version
 from stages.base import LocalContext
-from stages.errors import SourceError
+from stages.errors import SourceError, StoreError
 from stages.ingest import IngestStage, check_distinct, list_files
 from stages.readers import SourceFile
 from stages.seen import SeenPairs
@@ -46,12 +46,24 @@ def ingest(config: RunConfig, store: Store) -> Shards:
 
 
 def known_shards(records: Sequence[Record]) -> Shards:
-    """The shards that ingest records have cut."""
-    return {
-        source.shard: (source.details["kind"], source.name)
-        for record in records
-        for source in _shards_in(record)
-    }
+    """The shards that ingest records have cut.
+
+    Raises:
+        StoreError: two have cut one shard. A driver that stood still between its look at the lease
+            and its write, longer than a lease lasts, could do so.
+    """
+    shards: Shards = {}
+    cut_by: dict[str, str] = {}
+    for record in records:
+        for source in _shards_in(record):
+            other = cut_by.setdefault(source.shard, record.name)
+            if other != record.name:
+                raise StoreError(
+                    f"shard {source.shard} was cut twice, by {other} and {record.name}; remove the "
+                    "one that was finished last, whose rows are then cut again"
+                )
+            shards[source.shard] = source.details["kind"], source.name
+    return shards
 
 
 def new_files(config: RunConfig, records: Sequence[Record]) -> list[SourceFile]:

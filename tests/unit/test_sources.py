@@ -7,7 +7,7 @@ from pyarrow import csv
 from pipeline.config import parse
 from pipeline.sources import ingest, known_shards, link_shards, publish_cut
 from pipeline.store import Store
-from stages.errors import SourceError
+from stages.errors import SourceError, StoreError
 
 
 def config(tmp_path, **source):
@@ -78,3 +78,12 @@ def test_shards_beyond_a_million_keep_their_numbers(tmp_path):
     for shard, (_, record) in known_shards([cut]).items():
         (payload,) = store.read_record(record).payloads
         assert store.read_table(payload)["n"].to_pylist() == [int(shard)]
+
+
+def test_two_files_cut_as_one_shard_are_not_taken_for_one(tmp_path):
+    store = Store(str(tmp_path / "run"))
+    payload = store.put_table("sources/shard=000000", pa.table({"n": [1]}))
+    cut = [publish_cut(store, name, (payload,), {"kind": "web"}, 0.0) for name in ("f", "g")]
+    known_shards(cut[:1] * 2)
+    with pytest.raises(StoreError, match="shard 000000 was cut twice, by .*f.json and .*g.json"):
+        known_shards(cut)
