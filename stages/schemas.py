@@ -59,7 +59,11 @@ DOWNLOAD = _schema(
     ("source", _TEXT, "web or human"),
     ("url", _TEXT, "address of the image; null where it came from a file"),
     ("text", _TEXT, "alt text or human caption, cleaned; may be empty"),
-    ("status", _TEXT, "success, duplicate_row, or the reason of failure (download.STATUSES)"),
+    (
+        "status",
+        _TEXT,
+        "success, duplicate_row, or why not: dns, http_4xx, decode, … (stages/download.py)",
+    ),
     _DETAIL,
     ("http_code", pa.int32(), "status code of the last HTTP answer; null where there was none"),
     _SHA256,
@@ -151,6 +155,17 @@ DEDUP = _schema(
     ("value", pa.float64(), "the figure; shares and recalls are 0 to 1"),
 )
 
+PAIR_STATES = (
+    "kept",
+    "merged",
+    "rejected",
+    "duplicate",
+    "failed",
+    "quarantined",
+    "contaminated",
+    "removed",
+)
+
 PAIRS = _schema(
     _PAIR_ID,
     _SAMPLE_ID,
@@ -158,7 +173,7 @@ PAIRS = _schema(
     _PAIR_TEXT,
     ("itm_score", pa.float32(), "probability that text and image match; null where not scored"),
     ("itc_score", pa.float32(), "cosine of the contrastive features; null where not scored"),
-    ("state", _TEXT, "one of PAIR_STATES"),
+    ("state", _TEXT, ", ".join(PAIR_STATES)),
     ("carried_by", _TEXT, "sample_id of the survivor: of merged texts, and of their duplicates"),
     ("cluster_id", _TEXT, "duplicate cluster of the sample; null for human pairs"),
     ("url", _TEXT, "address of the image; null where it came from a file"),
@@ -246,17 +261,6 @@ TRAINING_LOG = _schema(
     ("loss_lm", pa.float32(), "language modelling loss, nats a token; null where not trained"),
     ("lr", pa.float32(), "learning rate of the step"),
     ("images_per_second", pa.float32(), "since the last line"),
-)
-
-PAIR_STATES = (
-    "kept",
-    "merged",
-    "rejected",
-    "duplicate",
-    "failed",
-    "quarantined",
-    "contaminated",
-    "removed",
 )
 
 

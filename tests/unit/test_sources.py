@@ -85,5 +85,5 @@ def test_two_files_cut_as_one_shard_are_not_taken_for_one(tmp_path):
     payload = store.put_table("sources/shard=000000", pa.table({"n": [1]}))
     cut = [publish_cut(store, name, (payload,), {"kind": "web"}, 0.0) for name in ("f", "g")]
     known_shards(cut[:1] * 2)
-    with pytest.raises(StoreError, match="shard 000000 was cut twice, by .*f.json and .*g.json"):
+    with pytest.raises(StoreError, match=r"shard 000000 was cut twice, by .*f\.json and .*g\.json"):
         known_shards(cut)
