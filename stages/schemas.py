@@ -59,11 +59,7 @@ DOWNLOAD = _schema(
     ("source", _TEXT, "web or human"),
     ("url", _TEXT, "address of the image; null where it came from a file"),
     ("text", _TEXT, "alt text or human caption, cleaned; may be empty"),
-    (
-        "status",
-        _TEXT,
-        "success, duplicate_row, or why not: dns, http_4xx, decode, … (stages/download.py)",
-    ),
+    ("status", _TEXT, "success, duplicate_row, or why not: dns, decode, … (stages/download.py)"),
     _DETAIL,
     ("http_code", pa.int32(), "status code of the last HTTP answer; null where there was none"),
     _SHA256,
