@@ -109,7 +109,7 @@ class EvaluateStage(DatasetStage):
     """
 
     name = "evaluate"
-    version = 1
+    version = 2
 
     def __init__(self, config: EvaluateConfig) -> None:
         self.config = config
@@ -239,7 +239,8 @@ def filter_quality(
     as many captions of the image that stands after it (gross mismatches). ``auc_near`` and
     ``auc_other`` are the probability that a right caption scores above a wrong one of that kind,
     wherever they come from (ties count half), images weighing alike; ``auc`` is their mean.
-    ``precision`` and ``recall`` are those of the texts at or above ``threshold``.
+    ``precision`` and ``recall`` are those of the texts at or above ``threshold``. A score that is
+    NaN counts as the worst: below all of a right caption, above all of a wrong one.
     """
     following = [*probes[1:], probes[0]]
     others = [
@@ -264,6 +265,7 @@ def filter_quality(
 def _quality(
     probes: Sequence[Probe], scores: Mapping[str, list[list[float]]], threshold: float
 ) -> Measured:
+    scores = _with_nan_worst(scores)
     right = np.array([s for own in scores["right"] for s in own])
     wrong = np.array([s for kind in ("near", "other") for own in scores[kind] for s in own])
     outcomes: Outcomes = {}
@@ -288,6 +290,14 @@ def _quality(
     if kept + passed:
         metrics["precision"] = (kept / (kept + passed), kept + passed)
     return Measured(metrics, outcomes)
+
+
+def _with_nan_worst(scores: Mapping[str, list[list[float]]]) -> dict[str, list[list[float]]]:
+    worst = {"right": -np.inf, "near": np.inf, "other": np.inf}
+    return {
+        kind: [[worst[kind] if np.isnan(s) else s for s in own] for own in of_images]
+        for kind, of_images in scores.items()
+    }
 
 
 def _share_below(scores: Sequence[float], pool: Values) -> float:

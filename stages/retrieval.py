@@ -33,18 +33,20 @@ def retrieval_ranks(
     - ``text_to_image``: (T,) the index of each text's image. Every image needs a text.
 
     Equal scores count against the right answer, so a model that scores everything alike gets the
-    worst rank rather than one that the order of the items decides.
+    worst rank rather than one that the order of the items decides. So do scores that are NaN, of
+    right answers and of wrong ones.
     """
     images, texts = scores_i2t.shape
     owner = np.asarray(text_to_image, dtype=np.int64)
     assert scores_t2i.shape == (texts, images) and owner.shape == (texts,)
     assert len(np.unique(owner)) == images, "every image needs a text"
     own = scores_t2i[np.arange(texts), owner]
-    image_rank = (scores_t2i >= own[:, None]).sum(axis=1) - 1
+    # Not ">=": no comparison with NaN is true, and nothing would stand before a NaN.
+    image_rank = (~(scores_t2i < own[:, None])).sum(axis=1) - 1
     # The image's other texts are no wrong answers: only the best of them has to be beaten.
     is_own = owner[None, :] == np.arange(images)[:, None]
     best = np.where(is_own, scores_i2t, -np.inf).max(axis=1)
-    text_rank = ((scores_i2t >= best[:, None]) & ~is_own).sum(axis=1)
+    text_rank = (~(scores_i2t < best[:, None]) & ~is_own).sum(axis=1)
     return RetrievalRanks(text_rank.astype(np.int64), image_rank.astype(np.int64))
 
 

@@ -55,6 +55,9 @@ class InferenceModel:
                 f"int8 runs on a CPU over float32, not on {self.device} over {dtype}; "
                 "use bfloat16 on a GPU"
             )
+        if self.device.type == "cuda" and self.device.index is None:
+            # What torch.cuda sets for a device, a share of its memory say, wants its number.
+            self.device = torch.device("cuda", torch.cuda.current_device())
 
     def place(self, module: M) -> M:
         """``module`` on the device, in the model's numbers."""

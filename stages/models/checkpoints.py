@@ -139,8 +139,8 @@ def load_med(source: str | Path, config: MedConfig | None = None) -> Med:
     """The MED in a folder or hub id, ready to train.
 
     The folder decides the architecture and the tokenizer the token ids; ``config`` decides the
-    image size (positions are resized), dropout, queue and loss constants. None = the folder's
-    image size and BLIP's constants.
+    image size (positions are resized), dropout, stochastic depth, queue and loss constants. None =
+    the folder's image size and BLIP's constants.
 
     Raises:
         CheckpointError: it is not one whole MED whose tensors are those of its config.
@@ -152,7 +152,8 @@ def load_med(source: str | Path, config: MedConfig | None = None) -> Med:
     text = fitted_to(text, load_tokenizer(folder.path))
     if config is not None:
         check_patches(source, config.vision.image_size)
-        vision = vision.model_copy(update={"image_size": config.vision.image_size})
+        ours = {name: getattr(config.vision, name) for name in ("image_size", "drop_path")}
+        vision = vision.model_copy(update=ours)
         text = text.model_copy(update={"dropout": config.text.dropout})
     parts = {"vision": vision, "text": text, "projection_dim": projection_dim}
     med = Med((config or MedConfig()).model_copy(update=parts))

@@ -35,6 +35,10 @@ class VisionConfig(Config):
     position_std: float = Field(default=INITIALIZER_STD, gt=0)
     """Of fresh position embeddings. Far below the patches' own size, where things are is learned
     long after what they are."""
+    drop_path: float = Field(default=0.0, ge=0, lt=1)
+    """Stochastic depth: in training, how likely a sample skips attention, or the MLP, of the last
+    layer; linearly less towards the first one's 0. The original has 0.1 in ViT-L and none in ViT-B
+    (models/blip.py, ``create_vit``). Model folders do not hold it."""
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> VisionConfig:

@@ -83,6 +83,7 @@ class GraphedDecoding(Decoding):
         self.logits = torch.zeros(slots * width, text.vocab_size, device=like.device)
         self._steps: dict[tuple[int, int], Callable[[], None]] = {}
         self._pool: Any = None
+        self._side: Any = None
 
     def begin(self, image_kv: list[KeyValue]) -> None:
         """Take up a new batch of at most ``slots`` images."""
@@ -131,14 +132,17 @@ class GraphedDecoding(Decoding):
     def _captured_here(self, run: Callable[[], None]) -> Callable[[], None]:
         # Libraries set themselves up at their first call, which a capture would not survive. The
         # step writes what it will write again.
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if self._side is None:
+            # Ours, since the stream that torch keeps for captures is of the device that captured
+            # first; one for all, since a pool's blocks are used again within one stream only.
+            self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side = self._side
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        # One pool for all: each step's intermediates are done with when the next one starts. The
-        # stream that torch keeps for captures is of the device that captured first.
+        # One pool for all: each step's intermediates are done with when the next one starts.
         with torch.cuda.graph(graph, pool=self._pool, stream=side):
             run()
         self._pool = graph.pool()

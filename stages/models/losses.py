@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEGATIVE_FLOOR = 1e-4
-"""Added to the hard negatives' probabilities, so that every other pair can be drawn."""
+_FLOOR, _FLOOR_BATCH = 1e-4, 75
 
 IGNORED = -100
 
@@ -63,27 +62,48 @@ def contrastive_targets(positives: Tensor, momentum_scores: Tensor, alpha: float
     return torch.lerp(hard, F.softmax(momentum_scores, dim=1), alpha)
 
 
+def negative_floor(candidates: int) -> float:
+    """What pretraining adds to the hard negatives' probabilities, so that every pair can be drawn.
+
+    The original's 1e-4 goes over the 75 pairs of one of its workers. Over more, as where all
+    workers' pairs are candidates, it is less by as much: in all they stay as likely to be drawn.
+    """
+    return _FLOOR * min(1.0, _FLOOR_BATCH / candidates)
+
+
 @torch.no_grad()
 def draw_negatives(
-    scores_i2t: Tensor, scores_t2i: Tensor, excluded: Tensor, generator: torch.Generator | None
+    scores_i2t: Tensor,
+    scores_t2i: Tensor,
+    excluded: Tensor,
+    generator: torch.Generator | None,
+    floor: float = 0.0,
 ) -> Negatives:
     """One hard negative per text and per image, likelier the more similar (ALBEF, section 3.2).
 
     ``scores_*``: (B, B) similarities within the batch, divided by the temperature; ``excluded``:
-    (B, B) bool, symmetric. A row without any candidate gets an arbitrary one and is marked.
+    (B, B) bool, symmetric. ``floor``: added to the probabilities; see `negative_floor`. A row
+    without any candidate gets an arbitrary one and is marked; one whose scores are not finite
+    draws from its candidates alike, so that the loss, not the draw, tells that they are not.
     """
-    image_index, none_for_text = _draw(scores_t2i, excluded, generator)
-    text_index, none_for_image = _draw(scores_i2t, excluded, generator)
+    image_index, none_for_text = _draw(scores_t2i, excluded, generator, floor)
+    text_index, none_for_image = _draw(scores_i2t, excluded, generator, floor)
     return Negatives(image_index, text_index, none_for_text, none_for_image)
 
 
 def _draw(
-    scores: Tensor, excluded: Tensor, generator: torch.Generator | None
+    scores: Tensor, excluded: Tensor, generator: torch.Generator | None, floor: float
 ) -> tuple[Tensor, Tensor]:
-    weights = (F.softmax(scores.float(), dim=1) + NEGATIVE_FLOOR).masked_fill_(excluded, 0)
-    none = excluded.all(1)
-    weights.masked_fill_(none[:, None], 1)
-    return torch.multinomial(weights, 1, generator=generator).squeeze(1), none
+    scores = scores.float()
+    if not floor:
+        # Before the softmax: beside a right pair that is far more similar, all others would come
+        # to zero. With a floor they do not, and the original's floor counts after the softmax.
+        scores = scores.masked_fill(excluded, -torch.inf)
+    weights = (F.softmax(scores, dim=1) + floor).nan_to_num_().masked_fill_(excluded, 0)
+    none = excluded.all(1, keepdim=True)
+    lost = weights.sum(1, keepdim=True) == 0
+    weights.masked_fill_(lost & (none | ~excluded), 1)
+    return torch.multinomial(weights, 1, generator=generator).squeeze(1), none.squeeze(1)
 
 
 def matching_labels(batch: int, negatives: Negatives, device: torch.device) -> Tensor:

@@ -31,6 +31,7 @@ from stages.models.losses import (
     contrastive_targets,
     draw_negatives,
     matching_labels,
+    negative_floor,
     same_pair,
 )
 from stages.models.vision import VisionTransformer
@@ -181,6 +182,7 @@ class Med(nn.Module):
                 negatives=Negatives(*negatives) if negatives is not None else None,
                 generator=generator,
                 workers=workers,
+                floored=True,
             )
         if language:
             lm = self.language_modelling(image_kv, input_ids, prompt_length, workers)
@@ -199,8 +201,14 @@ class Med(nn.Module):
         negatives: Negatives | None = None,
         generator: torch.Generator | None = None,
         workers: Workers | None = None,
+        floored: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """ITC and ITM from (B, T, Dv) image tokens and their `TextStack.cross_kv`."""
+        """ITC and ITM from (B, T, Dv) image tokens and their `TextStack.cross_kv`.
+
+        ``floored``: hard negatives are drawn with `negative_floor`, as in the original's
+        pretraining (models/blip_pretrain.py), not without, as in its retrieval fine-tuning
+        (models/blip_retrieval.py).
+        """
         states = self.text_encoder(input_ids, attention_mask, first_only=True)
         online = _Features(unit(self.vision_proj(tokens[:, 0])), unit(self.text_proj(states[:, 0])))
         momentum = self._momentum_features(pixel_values, input_ids, attention_mask)
@@ -222,7 +230,8 @@ class Med(nn.Module):
             i2t, t2i = shared.gather(i2t), shared.gather(t2i)
         if negatives is None:
             source = generator if shared is None else shared.generator
-            negatives = draw_negatives(i2t, t2i, same, source)
+            floor = negative_floor(len(same)) if floored else 0.0
+            negatives = draw_negatives(i2t, t2i, same, source, floor)
         itm = self._matching(image_kv, input_ids, attention_mask, negatives, shared)
         return itc, itm
 

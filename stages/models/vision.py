@@ -118,8 +118,9 @@ class _MLP(nn.Module):
 
 
 class _VisionLayer(nn.Module):
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, drop_path: float) -> None:
         super().__init__()
+        self.drop_path = drop_path
         self.layer_norm1 = nn.LayerNorm(config.width, eps=config.eps)
         self.self_attn = _VisionAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.width, eps=config.eps)
@@ -127,14 +128,23 @@ class _VisionLayer(nn.Module):
 
     def forward(self, states: Tensor, first_only: bool = False) -> Tensor:
         residual = states[:, :1] if first_only else states
-        states = residual + self.self_attn(self.layer_norm1(states), first_only)
-        return states + cast(Tensor, self.mlp(self.layer_norm2(states)))
+        states = residual + self._dropped(self.self_attn(self.layer_norm1(states), first_only))
+        return states + self._dropped(self.mlp(self.layer_norm2(states)))
+
+    def _dropped(self, change: Tensor) -> Tensor:
+        """``change``, (B, L, D), zero for the samples that skip it and larger by as much for the
+        others: dropout, with one random number a sample."""
+        if not self.drop_path or not self.training:
+            return change
+        return change * F.dropout(change.new_ones(len(change), 1, 1), self.drop_path)
 
 
 class _VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([_VisionLayer(config) for _ in range(config.layers)])
+        last = max(config.layers - 1, 1)
+        rates = [config.drop_path * index / last for index in range(config.layers)]
+        self.layers = nn.ModuleList([_VisionLayer(config, rate) for rate in rates])
 
 
 class VisionTransformer(nn.Module):

@@ -125,6 +125,8 @@ class FinetuneConfig(TrainingConfig):
     image_size: int = Field(384, ge=1)
     """Pixels; position embeddings are interpolated where MED was trained at another size."""
     dropout: float = Field(0.1, ge=0, lt=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    """See `VisionConfig.drop_path`: of the image encoder, 0.1 where it is the original's ViT-L."""
     batch_size: int = Field(256, ge=1)
     lr: float = Field(1e-5, gt=0)
     min_lr: float = Field(0.0, ge=0)
@@ -132,10 +134,11 @@ class FinetuneConfig(TrainingConfig):
     min_scale: float = Field(0.5, gt=0, le=1)
 
     def med_config(self) -> MedConfig:
-        """What `load_med` reads of it: image size and dropout."""
+        """What `load_med` reads of it: image size, dropout and stochastic depth."""
         config = MedConfig()
         # The folder decides the patch size, so it is not validated against ours.
-        vision = VisionConfig().model_copy(update={"image_size": self.image_size})
+        ours = {"image_size": self.image_size, "drop_path": self.drop_path}
+        vision = VisionConfig().model_copy(update=ours)
         text = config.text.model_copy(update={"dropout": self.dropout})
         return config.model_copy(update={"vision": vision, "text": text})
 

@@ -29,8 +29,10 @@ if TYPE_CHECKING:
     from transformers import BertTokenizer
 
 Pixels = npt.NDArray[np.uint8]
+TokenIds = npt.NDArray[np.uint16] | npt.NDArray[np.int32]
 
 _TEXTS_AT_ONCE = 10_000
+_IDS_OF_TWO_BYTES = 1 << 16
 _PREFETCH = 4
 
 
@@ -73,36 +75,49 @@ class Pairs:
         prompt: str = "",
     ) -> None:
         self.shards = Shards(tars)
-        cleaned = [clean_caption(text, max_words) for text in self.shards.texts]
-        kept = np.array([bool(text) for text in cleaned], dtype=np.bool_)
+        kept, self.tokens, self.lengths = _tokenized(
+            tokenizer, self.shards.texts, prompt, max_tokens=max_tokens, max_words=max_words
+        )
+        if not len(self.tokens):
+            found = ", ".join(tar.name for tar in tars) or "no tars"
+            raise SourceError(f"training set: no image with a text in {found}; nothing to train on")
         self.skipped = self.shards.skipped
         self.skipped["empty"] += int((~kept).sum())
         self.image_of = self.shards.image_of_text[kept]
         """(pairs,): index of each pair's image."""
         self.is_human = self.shards.is_human[kept]
-        texts = [prompt + text for text in cleaned if text]
-        if not texts:
-            found = ", ".join(tar.name for tar in tars) or "no tars"
-            raise SourceError(f"training set: no image with a text in {found}; nothing to train on")
-        self.tokens, self.lengths = _tokenized(tokenizer, texts, max_tokens)
         self.pad = int(tokenizer.pad_token_id)
-        self.shards.texts = []  # tokens stand for them from here on
 
     def __len__(self) -> int:
         return len(self.image_of)
 
 
 def _tokenized(
-    tokenizer: BertTokenizer, texts: Sequence[str], max_tokens: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Padded ids (N, L) and lengths (N,)."""
-    tokens = np.full((len(texts), max_tokens), tokenizer.pad_token_id, dtype=np.int32)
+    tokenizer: BertTokenizer, texts: list[str], prompt: str, *, max_tokens: int, max_words: int
+) -> tuple[npt.NDArray[np.bool_], TokenIds, npt.NDArray[np.int32]]:
+    """Which of ``texts`` are not empty once cleaned, (texts,), and of these, behind ``prompt``,
+    padded ids (N, L) and lengths (N,).
+
+    Strings go as their ids come, since all of both at once is more than a worker need have:
+    ``texts`` is left empty.
+    """
+    kind = np.uint16 if len(tokenizer) <= _IDS_OF_TWO_BYTES else np.int32
+    tokens = np.empty((len(texts), max_tokens), dtype=kind)  # takes memory only where it is filled
     lengths = np.empty(len(texts), dtype=np.int32)
+    kept = np.empty(len(texts), dtype=np.bool_)
+    count = 0
     for start in range(0, len(texts), _TEXTS_AT_ONCE):
-        ids, mask = encode_texts(tokenizer, texts[start : start + _TEXTS_AT_ONCE], max_tokens)
-        tokens[start : start + len(ids), : ids.shape[1]] = ids.numpy()
-        lengths[start : start + len(ids)] = mask.sum(1).numpy()
-    return tokens[:, : int(lengths.max())], lengths
+        part = slice(start, start + _TEXTS_AT_ONCE)
+        cleaned = [clean_caption(text, max_words) for text in texts[part]]
+        texts[part] = [""] * len(cleaned)
+        kept[part] = [bool(text) for text in cleaned]
+        ids, mask = encode_texts(tokenizer, [prompt + text for text in cleaned if text], max_tokens)
+        rows, length = slice(count, count + len(ids)), ids.shape[1]
+        tokens[rows, :length], tokens[rows, length:] = ids.numpy(), tokenizer.pad_token_id
+        lengths[rows] = mask.sum(1).numpy()
+        count += len(ids)
+    texts.clear()
+    return kept, tokens[:count, : int(lengths[:count].max(initial=0))], lengths[:count]
 
 
 class Images:

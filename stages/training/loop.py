@@ -70,7 +70,8 @@ def train(
         trained: which losses the stage has, of itc, itm and lm; the others are null in the log.
 
     Raises:
-        TrainingError: the loss is not finite or diverges; the last checkpoint stays.
+        TrainingError: the loss is not finite or diverges, the last checkpoint stays; or workers
+            have not read the same pairs.
         ConfigError: the batch cannot be shared out evenly among the workers, or texts are longer
             than the model reads.
     """
@@ -123,6 +124,7 @@ class _Training:
         if ctx.world_size > 1:
             share = config.global_negatives
             self.workers = Workers(ctx.rank, ctx.world_size, self.device, share)
+            self._check_pairs(self.workers)
         resumed = self._resume()
         self.start = 0 if resumed is None else cast(int, resumed["step"])
         self._prepare_layers()
@@ -137,6 +139,15 @@ class _Training:
         )
         if resumed is not None:
             self.optimizers.load(resumed["optimizers"], self.parallel)
+
+    def _check_pairs(self, workers: Workers) -> None:
+        # Else one would take other steps than the others, or more, and wait for them for ever.
+        found = workers.union({len(self.pairs)})
+        if len(found) > 1:
+            raise TrainingError(
+                f"{self.name}: the workers read from {min(found):,} to {max(found):,} pairs of the "
+                "same tars; look for a damaged tar or disk on one of their machines and run again"
+            )
 
     def _prepare_layers(self) -> None:
         stacks = (self.med.vision_model, self.med.text_encoder, self.med.text_decoder.bert)

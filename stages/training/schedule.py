@@ -13,8 +13,8 @@ class Schedule:
     """BLIP's schedules (utils.py and pretrain.py of the release), over steps counted from 0.
 
     ``decay``: ``step`` multiplies by ``decay_rate`` after each epoch, never below ``min_lr``;
-    ``epoch_cosine`` follows half a cosine down to ``min_lr``, one value an epoch, as the
-    original's fine-tuning does; ``cosine`` the same, moving at every step.
+    ``epoch_cosine`` follows half a cosine towards ``min_lr``, one value for each epoch that a step
+    begins in, as the original's fine-tuning does; ``cosine`` the same, moving at every step.
     """
 
     steps: int
@@ -41,7 +41,9 @@ class Schedule:
         if self.decay == "step":
             return max(self.min_lr, self.lr * self.decay_rate**epoch)
         if self.decay == "epoch_cosine":
-            part = epoch / max(math.ceil(self.steps / self.steps_per_epoch), 1)
+            # The last batch of a run mostly reaches into an epoch that nobody trains on.
+            begun = int((self.steps - 1) / self.steps_per_epoch) + 1
+            part = epoch / begun
         else:
             part = step / self.steps
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * part))

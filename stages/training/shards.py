@@ -27,6 +27,9 @@ class Shards:
     Tars are read with webdataset's rule for samples: members of one key stand together. What is
     broken is left out and counted in ``skipped``: ``tar`` (ends early, or no tar at all),
     ``sample`` (no image or no texts), ``text`` (not a text).
+
+    Raises:
+        OSError: a tar cannot be read.
     """
 
     def __init__(self, tars: Sequence[Path]) -> None:
@@ -48,13 +51,15 @@ class Shards:
                 offset.append(start)
                 size.append(length)
                 image_id.append(stable_image_id(described["sample_id"]))
-        self.image_of_text = np.array(image_of_text, dtype=np.int64)
-        self.is_human = np.frombuffer(bytes(human), dtype=np.bool_)
+        # None of these is a copy: beside all texts there is little room.
+        self.image_of_text = np.frombuffer(image_of_text, dtype=np.int64)
+        self.is_human = np.frombuffer(human, dtype=np.bool_)
         """(texts,): whether a person wrote the text for this image."""
-        self.image_ids = np.array(image_id, dtype=np.int64)
+        self.image_ids = np.frombuffer(image_id, dtype=np.int64)
         """(images,): the same in every set that holds the sample; see `stable_image_id`."""
-        self._tar_of, self._offset = np.array(tar_of, dtype=np.int64), np.array(offset)
-        self._size = np.array(size, dtype=np.int64)
+        self._tar_of = np.frombuffer(tar_of, dtype=np.int64)
+        self._offset = np.frombuffer(offset, dtype=np.int64)
+        self._size = np.frombuffer(size, dtype=np.int64)
 
     @property
     def images(self) -> int:
@@ -91,7 +96,8 @@ class Shards:
                     if member.name.endswith(".json"):
                         data = archive.extractfile(member).read()  # type: ignore[union-attr]
                     yield {"fname": member.name, "data": data, "__url__": str(tar)}
-        except (tarfile.TarError, OSError):
+        except tarfile.TarError:
+            # Not OSError: where a disk fails, this worker alone would miss what others train on.
             self.skipped["tar"] += 1
 
     def _skip_member(self, _: Exception) -> bool:

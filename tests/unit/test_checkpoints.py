@@ -189,6 +189,22 @@ def test_positions_are_resized_as_transformers_does(
     assert resized_positions(positions, 17) is positions
 
 
+def test_stochastic_depth_is_the_configs_and_no_folder_holds_it(
+    med: Med, tokenizer: BertTokenizer, tmp_path: Path
+) -> None:
+    config = med.config
+    vision = config.vision.model_copy(update={"drop_path": 0.1})
+    save_med(Med(config.model_copy(update={"vision": vision})), tokenizer, tmp_path / "med")
+    assert "drop_path" not in (tmp_path / "med" / "config.json").read_text()
+    BlipForImageTextRetrieval.from_pretrained(tmp_path / "med")
+    assert load_med(tmp_path / "med").config.vision.drop_path == 0
+    again = load_med(tmp_path / "med", config.model_copy(update={"vision": vision}))
+    for tower in (again.vision_model, again.vision_model_m):  # the original's too, in train mode
+        assert tower.layers[0].drop_path == 0
+        assert tower.layers[-1].drop_path == 0.1
+        assert tower.layers[-1].training
+
+
 def test_hash_follows_the_contents_only(
     folder: Path, med: Med, tokenizer: BertTokenizer, tmp_path: Path
 ) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
+from stages.models.blocks import LMHead, TextStack
 from stages.models.captioner import Captioner
-from stages.models.config import GenerationConfig
-from stages.models.decoding import compacted
+from stages.models.config import GenerationConfig, TextConfig
+from stages.models.decoding import GraphedDecoding, compacted
 from tests import tiny_models
 from tests.unit.test_captioner import random_images
 
@@ -57,6 +59,47 @@ def test_steps_are_captured_once_for_each_size_and_length(folder: Path) -> None:
     assert captioner._graphs is graphs and graphs._steps == steps
     captioner(images, config=GenerationConfig(captions_per_image=2))
     assert captioner._graphs is not graphs  # of another shape
+
+
+class Stream:
+    def wait_stream(self, other: object) -> None: ...
+
+
+class Graph:
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None: ...
+
+
+def test_all_captures_share_one_stream_and_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pool's blocks are used again within one stream only."""
+    captured, warmed = [], []
+
+    def capture(graph: Graph, pool: object, stream: Stream) -> AbstractContextManager[None]:
+        captured.append((pool, stream))
+        return nullcontext()
+
+    def warm_up(stream: Stream) -> AbstractContextManager[None]:
+        warmed.append(stream)
+        return nullcontext()
+
+    for name, instead in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": warm_up,
+        "CUDAGraph": Graph,
+        "graph": capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, instead)
+    decoder = TextStack(TextConfig(vocab_size=20, width=8, layers=1, heads=2, mlp_width=8))
+    head = LMHead(decoder.config, decoder.embeddings.word_embeddings)
+    graphs = GraphedDecoding(decoder, head, slots=2, width=1, capacity=4)
+    for _ in range(3):
+        graphs._captured_here(lambda: None)
+    assert [pool for pool, _ in captured] == [None, "pool", "pool"]
+    streams = [stream for _, stream in captured]
+    assert streams == warmed and len({id(stream) for stream in streams}) == 1
 
 
 def test_compaction_moves_only_what_must() -> None:

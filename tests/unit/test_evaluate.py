@@ -166,6 +166,18 @@ def test_a_perfect_filter_and_one_that_keeps_nothing() -> None:
     assert strict["recall"] == (0.0, 2) and "precision" not in strict
 
 
+def test_scores_that_are_nan_are_the_worst() -> None:
+    nan = float("nan")
+    broken = {"right": [[nan], [nan]], "near": [[nan], [nan]], "other": [[nan], [nan]]}
+    found = _quality(probes(2), broken, threshold=0.5).metrics
+    assert found["auc"] == found["auc_near"] == found["auc_other"] == found["recall"] == (0.0, 2)
+    assert found["precision"] == (0.0, 4)
+    right = {"right": [[nan], [0.9]], "near": [[0.1], [0.2]], "other": [[], []]}
+    assert _quality(probes(2), right, threshold=0.5).metrics["auc"] == (0.5, 2)
+    wrong = {"right": [[0.8], [0.9]], "near": [[0.1], [nan]], "other": [[], []]}
+    assert _quality(probes(2), wrong, threshold=0.5).metrics["auc"] == (0.5, 2)
+
+
 def test_a_probe_without_anything_wrong_is_refused() -> None:
     scores: dict[str, list[list[float]]] = {"right": [[0.9]], "near": [[]], "other": [[]]}
     with pytest.raises(SourceError, match="no wrong captions"):

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from stages.models.config import TEMPERATURE_RANGE, MedConfig, TextConfig, VisionConfig
-from stages.models.losses import MedLosses
+from stages.models.losses import MedLosses, Negatives, draw_negatives
 from stages.models.med import NO_IMAGE_ID, Med
 
 VOCABULARY = 40
@@ -198,6 +198,24 @@ def stirred() -> Med:
             parameter.normal_(std=0.3)
     model.reset_momentum()
     return model
+
+
+def test_the_floor_of_hard_negatives_is_pretrainings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    floors = []
+
+    def drawn(
+        i2t: Tensor, t2i: Tensor, excluded: Tensor, source: object, floor: float
+    ) -> Negatives:
+        floors.append(floor)
+        return draw_negatives(i2t, t2i, excluded, None, floor)
+
+    monkeypatch.setattr("stages.models.med.draw_negatives", drawn)
+    model, (pixels, ids, mask) = med(), batch()
+    model(pixels, ids, mask)
+    tokens = model.vision_model(pixels)
+    kv = model.text_encoder.cross_kv(tokens)
+    model.contrastive_and_matching(pixels, tokens, kv, ids, mask)
+    assert floors == [1e-4, 0.0]
 
 
 def test_off_ignores_the_image_ids() -> None:

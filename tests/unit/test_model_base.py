@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.cuda._utils import _get_device_index
 
 from stages.errors import ConfigError, out_of_memory
 from stages.models.base import InferenceModel
@@ -132,8 +133,8 @@ class Gpu:
     free, total, weights = 88, 100, 2
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fast_until: int, fits: int = 10**6) -> None:
-        self.model = model(4)
-        self.model.device = torch.device("cuda")
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        self.model = InferenceModel("cuda", torch.float32, 4, int8=False)
         self.fast_until, self.fits, self.sizes, self.allowed = fast_until, fits, [], [1.0]
         self.before = 90  # at most, of another model that this process had
         patched = {
@@ -141,7 +142,7 @@ class Gpu:
             "memory_reserved": lambda _: self.weights,
             "max_memory_reserved": lambda _: max(self.before, self.weights + max(self.sizes)),
             "reset_peak_memory_stats": self.forget,
-            "set_per_process_memory_fraction": lambda most, _: self.allowed.append(most),
+            "set_per_process_memory_fraction": self.allow,
             "empty_cache": lambda: None,
         }
         for name, instead in patched.items():
@@ -150,6 +151,10 @@ class Gpu:
 
     def forget(self, _: object) -> None:
         self.before = 0
+
+    def allow(self, most: float, device: torch.device) -> None:
+        assert _get_device_index(device) == 3  # torch refuses a device without a number
+        self.allowed.append(most)
 
     def rate(self, run: object, size: int) -> float:
         def fitting(part: slice) -> None:

@@ -37,3 +37,17 @@ def test_a_model_that_tells_nothing_apart_gets_the_worst_rank() -> None:
     found = recalls(retrieval_ranks(flat, flat.T, [0, 0, 1, 1, 2, 2, 3, 3]))
     assert found["tr_at_1"] == found["ir_at_1"] == 0
     assert found["tr_at_5"] == 0
+
+
+def test_a_model_that_scores_nan_gets_the_worst_rank() -> None:
+    texts, owner = 8, [0, 0, 1, 1, 2, 2, 3, 3]
+    broken = np.full((4, texts), np.nan)
+    ranks = retrieval_ranks(broken, broken.T, owner)
+    assert ranks.text.tolist() == [6] * 4 and ranks.image.tolist() == [3] * texts
+    # Alone among numbers: its own right answer goes last, and it stands before others'.
+    i2t = np.array([[0.9, 0.8, 0.1], [0.1, 0.2, np.nan]])
+    text, image = retrieval_ranks(i2t, i2t.T, [0, 0, 1])
+    assert (text.tolist(), image.tolist()) == ([0, 2], [0, 0, 1])
+    i2t = np.array([[0.9, 0.8, np.nan], [0.1, 0.2, 0.9]])
+    text, image = retrieval_ranks(i2t, i2t.T, [0, 0, 1])
+    assert (text.tolist(), image.tolist()) == ([1, 0], [0, 0, 1])

@@ -1,5 +1,6 @@
 """Batches as a function of seed and step."""
 
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -139,6 +140,55 @@ def test_hostile_texts_are_read_and_empty_ones_counted(tmp_path: Path) -> None:
     assert pairs.lengths.max() <= 12
     batch = loader(pairs).batch(0)
     assert (batch.input_ids[:, 0] == load_tokenizer(tmp_path / "tokenizer").cls_token_id).all()
+
+
+def test_texts_are_read_the_same_a_few_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["red", "", "a blue square on the wall", "...", "!", "a white wall", "red picture"]
+    tar = write_tar(tmp_path / "web.tar", [sample("a", png("red"), texts)])
+    whole = pairs_of(tmp_path, tar, prompt="a picture of ")
+    monkeypatch.setattr("stages.training.data._TEXTS_AT_ONCE", 2)
+    parted = pairs_of(tmp_path, tar, prompt="a picture of ")
+    assert len(whole) == len(parted) == 4
+    assert whole.tokens.dtype == parted.tokens.dtype == np.uint16
+    assert whole.tokens.tolist() == parted.tokens.tolist()
+    assert whole.lengths.tolist() == parted.lengths.tolist() == [6, 11, 8, 7]
+    assert whole.image_of.tolist() == parted.image_of.tolist() == [0] * 4
+    assert whole.skipped == parted.skipped == {"empty": 3}
+
+
+def test_a_vocabulary_beyond_two_bytes_keeps_its_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = toy_tar(tmp_path / "web.tar", images=3)
+    small = pairs_of(tmp_path, tar)
+    monkeypatch.setattr("stages.training.data._IDS_OF_TWO_BYTES", 4)
+    large = pairs_of(tmp_path, tar)
+    assert large.tokens.dtype == np.int32
+    assert large.tokens.tolist() == small.tokens.tolist()
+
+
+def test_texts_are_held_once_while_tokens_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At 100 million texts, each copy of them is some ten GB a worker."""
+    text = "a red square " * 400
+    texts = [f"{text}{number}" for number in range(20)]
+    groups = [sample(str(number), png("red"), texts) for number in range(50)]
+    tar = write_tar(tmp_path / "web.tar", groups)
+    monkeypatch.setattr("stages.training.data._TEXTS_AT_ONCE", 20)
+    tokenizer = load_tokenizer(toy_tokenizer(tmp_path / "tokenizer"))
+    Pairs([tar], tokenizer, max_tokens=12, max_words=9999)  # what is imported counts no more
+    tracemalloc.start()
+    try:
+        pairs = Pairs([tar], tokenizer, max_tokens=12, max_words=9999)
+        kept, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    once = len(pairs) * len(text)
+    assert most < 1.5 * once
+    assert kept < 0.1 * once
 
 
 def test_nothing_to_train_on_is_said(tmp_path: Path) -> None:

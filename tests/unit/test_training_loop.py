@@ -13,7 +13,7 @@ import torch.multiprocessing
 
 from stages.base import LocalContext
 from stages.errors import ConfigError, TrainingError
-from stages.finetune import CaptionerFinetune, CaptionerLosses
+from stages.finetune import CaptionerFinetune, CaptionerLosses, FilterLosses
 from stages.models.losses import MedLosses
 from stages.models.med import Med
 from stages.models.text import fitted_to, load_tokenizer
@@ -36,9 +36,11 @@ CONFIG = TrainingConfig(
 )
 
 
-def set_up(tmp_path: Path, **changes: Any) -> tuple[Pairs, Med, TrainingConfig]:
+def set_up(
+    tmp_path: Path, *, images: int = 24, **changes: Any
+) -> tuple[Pairs, Med, TrainingConfig]:
     tokenizer = load_tokenizer(toy_tokenizer(tmp_path / "tokenizer"))
-    tar = toy_tar(tmp_path / "web.tar")
+    tar = toy_tar(tmp_path / "web.tar", images)
     pairs = Pairs([tar], tokenizer, max_tokens=12, max_words=30)
     config = toy_med()
     torch.manual_seed(0)
@@ -95,6 +97,19 @@ def test_a_loss_that_goes_wrong_stops_training(tmp_path: Path, factor: float, sa
     assert all(t.isfinite().all() for t in state["model"].values() if t.is_floating_point())
 
 
+@pytest.mark.parametrize("stage", ["pretrain", "finetune_filter"])
+def test_weights_that_are_not_finite_stop_training_by_its_own_error(
+    tmp_path: Path, stage: str
+) -> None:
+    """Features that are NaN come to the draw of hard negatives before there is a loss."""
+    pairs, med, config = set_up(tmp_path)
+    losses = PretrainLosses(med) if stage == "pretrain" else FilterLosses(med, None, 0, 0, 0)
+    with torch.no_grad():
+        med.vision_proj.weight.fill_(float("nan"))
+    with pytest.raises(TrainingError, match=rf"{stage}: step 1 of 12: the loss is nan; lower lr"):
+        train(stage, (), losses, pairs, config, LocalContext())
+
+
 def test_a_gradient_that_is_not_finite_never_reaches_the_weights(tmp_path: Path) -> None:
     class Exploding(PretrainLosses):
         def forward(self, batch: Batch, alpha: float, workers: Workers | None) -> MedLosses:
@@ -128,8 +143,9 @@ def test_computing_layers_again_changes_no_bit(tmp_path: Path, precision: str) -
             tmp_path, gradient_checkpointing=again, precision=precision, seed=4
         )
         for part in med.modules():
-            if hasattr(part, "dropout"):
-                part.dropout = 0.1
+            for name in ("dropout", "drop_path"):
+                if hasattr(part, name):
+                    setattr(part, name, 0.1)
         train("pretrain", (), PretrainLosses(med), pairs, config, LocalContext())
         found.append(med.state_dict())
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -258,6 +274,27 @@ def worker(rank: int, tmp_path: Path, port: int) -> None:
     train("pretrain", (), PretrainLosses(med), pairs, config, ctx)
     torch.save(med.state_dict(), out / "pretrained.pt")
     torch.distributed.destroy_process_group()
+
+
+def worker_of_its_own_pairs(rank: int, tmp_path: Path, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    pairs, med, config = set_up(tmp_path / f"rank{rank}", images=24 - rank)
+    try:
+        train("pretrain", (), PretrainLosses(med), pairs, config, WorkerContext(rank, 2))
+    except TrainingError as error:
+        (tmp_path / f"rank{rank}" / "error").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_workers_that_do_not_hold_the_same_pairs_are_stopped(tmp_path: Path) -> None:
+    for rank in range(2):
+        (tmp_path / f"rank{rank}").mkdir()
+    torch.multiprocessing.spawn(worker_of_its_own_pairs, (tmp_path, free_port()), nprocs=2)
+    for rank in range(2):
+        said = (tmp_path / f"rank{rank}" / "error").read_text()
+        assert said.startswith("pretrain: the workers read from 23 to 24 pairs")
 
 
 def free_port() -> int:

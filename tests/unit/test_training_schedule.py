@@ -60,3 +60,20 @@ def test_epoch_cosine_is_constant_within_an_epoch() -> None:
 
 def test_without_a_ramp_alpha_is_constant() -> None:
     assert schedule(alpha_epochs=0).alpha_at(0) == 0.4
+
+
+@pytest.mark.parametrize(("pairs", "batch"), [(566_747, 256), (1000, 10), (7, 256)])
+def test_epoch_cosine_counts_the_epochs_that_begin(pairs: int, batch: int) -> None:
+    """Where batches do not divide the pairs, the last one reaches into an epoch more (COCO)."""
+    per_epoch, epochs = pairs / batch, 5
+    steps = math.ceil(epochs * per_epoch)
+    cosine = schedule(
+        decay="epoch_cosine", lr=1.0, min_lr=0.0, steps=steps, steps_per_epoch=per_epoch
+    )
+    factors = sorted({round(cosine.lr_at(step), 3) for step in range(steps)}, reverse=True)
+    assert factors == ([1.0] if steps == 1 else [1.0, 0.905, 0.655, 0.345, 0.095])
+
+
+def test_epoch_cosine_of_a_part_of_an_epoch_is_constant() -> None:
+    cosine = schedule(decay="epoch_cosine", min_lr=0.0, steps=100)
+    assert cosine.lr_at(0) == cosine.lr_at(99) == 3e-4

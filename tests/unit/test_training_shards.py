@@ -1,9 +1,13 @@
 """Real tars, whole, odd and broken."""
 
+import errno
 import io
 import json
+import os
 import tarfile
 from pathlib import Path
+
+import pytest
 
 from stages.ids import sample_id
 from stages.training.shards import Shards, stable_image_id
@@ -90,3 +94,23 @@ def test_a_tar_that_ends_early_gives_what_is_whole(tmp_path: Path) -> None:
     assert shards.skipped["tar"] >= 2
     assert 6 < shards.images < 12
     assert all(shards.read(i).startswith(b"\x89PNG") for i in range(shards.images))
+
+
+def test_a_disk_that_fails_is_no_damaged_tar(tmp_path: Path) -> None:
+    """One worker alone would train on fewer pairs than the others."""
+    tar = toy_tar(tmp_path / "web.tar", images=6)
+
+    class Failing(io.BufferedReader):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() >= 4096:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(size)
+
+    def opened(name: str, mode: str) -> Failing:
+        return Failing(io.FileIO(name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tarfile, "bltn_open", opened)
+        with pytest.raises(OSError, match="Input/output error"):
+            Shards([tar])
+    assert Shards([tar]).images == 6
