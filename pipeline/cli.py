@@ -1,78 +1,44 @@
-"""The command line: parses and delegates, and turns every error into one line.
-
-Exit codes: 0 done; 1 the run cannot go on, or `verify` found something wrong; 2 bad input, or
-another driver holds the run; 75 a scheduled firing was skipped for that; 130 interrupted, 143 by
-SIGTERM.
-"""
+"""The command line: delegates what `pipeline.options` has parsed, and turns every error into one
+line and an exit code, which ``capfilt --help`` explains."""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from pipeline.options import Handler, parser
 from stages.errors import CapfiltError, LeaseHeldError, UserError
 
 # What needs Ray or torch is imported by the command that does, so that the others start at once.
 if TYPE_CHECKING:
     from pipeline.store import Store
 
-_DESCRIPTION = """\
-BLIP's CapFilt: make a noisy set of web image-text pairs clean, round after round.
-"""
-
-_RUN = """\
-Bring a run to the state that CONFIG asks for. Running again goes on where the last one ended.
-
-CONFIG is a YAML file; key=value overrides one of its fields, e.g. select.threshold=0.4.
-"""
-
-_SCHEDULE = """\
-One firing of a schedule: take new source files; if no round has taken them yet and they are enough
-(schedule.min_new_rows), go round once. A round that an earlier firing left unfinished is finished
-instead. For cron, a systemd timer or a CronJob; with --every it stays and fires by the clock.
-
-Exit code 0: went round, or nothing to do; 75: skipped, another driver is at work in the run.
-"""
-
-_RUN_FOLDER = "run folder: a path or an s3:// or gs:// URL"
-
 _SKIPPED = 75  # EX_TEMPFAIL of sysexits.h
-
-_FORGET = """\
-Take samples out of a run. No driver that starts after this uses them: unfinished rounds select anew
-without them, and later rounds keep to it. Models that have seen them are named. What finished
-rounds have written stays, unless --scrub takes the samples out of every image file, table and
-training shard.
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as for every other mistake."""
-        raise UserError(f"{message}; see `{self.prog} --help`")
-
-
-class _Version(argparse.Action):
-    def __init__(self, option_strings: Sequence[str], dest: str, help: str) -> None:
-        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        from pipeline.version import code_version
-
-        print(code_version())
-        parser.exit()
+_SHOWING = ("status", "inspect", "report", "trace")
+"""Commands that are done where nobody reads on: what they still had to do was to show it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program with ``arguments`` (None: those of the process). Returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
+    try:
+        return _ended(given, "--debug" in given)
+    finally:  # --help ends by an exception
+        if sys.stdout is not None:  # as it is where the shell closed it
+            from pipeline.terminal import unread
+
+            # At exit a pipe that nobody reads would cost a message of Python's and the exit code.
+            with unread(sys.stdout):
+                sys.stdout.flush()
+
+
+def _ended(given: Sequence[str], debug: bool) -> int:
+    """The exit code of the command, however it ends."""
     where: dict[str, str] = {}
     try:
         return _run(given, where)
@@ -90,10 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(
             "interrupted; run the same command again to go on from here", code, debug, where
         )
-    except BrokenPipeError:
-        # The reader, `head` for one, has seen enough; nothing may be written at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # noqa: BLE001 - the outermost handler
         hint = "" if debug else "; run again with --debug for the traceback"
         return _fail(f"{type(error).__name__}: {error}{hint}", 1, debug, where)
@@ -101,12 +63,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _fail(line: str, code: int, debug: bool, where: Mapping[str, str]) -> int:
     """Tell the error that ends the program; a JSON line also says ``where``: in which run."""
-    from pipeline.terminal import clean, json_line, json_wanted
+    from pipeline.terminal import clean, json_line, json_wanted, say, unread
 
     if debug:
-        traceback.print_exc()
+        with unread(sys.stderr):
+            traceback.print_exc()
     told = json_line(line, "error", **where) if json_wanted() else f"capfilt: {clean(line)}"
-    print(told, file=sys.stderr)
+    say(told, sys.stderr)
     return code
 
 
@@ -120,103 +83,38 @@ def _run(given: Sequence[str], where: dict[str, str]) -> int:
     # argparse hands over the words before an option only; those behind it are overrides as well.
     options.overrides = [*getattr(options, "overrides", ()), *overrides]
     options.where = where
-    handler: Callable[[argparse.Namespace], int] = options.handler
-    return handler(options)
+    handler: Handler = options.handler
+    if options.command not in _SHOWING:
+        return handler(options)
+
+    from pipeline.terminal import unread
+
+    with unread(sys.stdout):
+        return handler(options)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = _Parser(add_help=False)
-    common.add_argument(
-        "--debug", action="store_true", default=argparse.SUPPRESS, help="show tracebacks"
-    )
-    parser = _Parser(prog="capfilt", description=_DESCRIPTION, parents=[common])
-    parser.add_argument("--version", action=_Version, help="of the code, as records have it")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    def command(
-        name: str, handler: Callable[[argparse.Namespace], int], text: str, more: str = ""
-    ) -> argparse.ArgumentParser:
-        made = commands.add_parser(
-            name,
-            help=text,
-            description=more or f"{text[0].upper()}{text[1:]}.",
-            parents=[common],
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        made.set_defaults(handler=handler)
-        return made
-
-    _run_options(command("run", _do_run, "run a config, or go on with it", _RUN))
-    firing = command("schedule", _do_schedule, "go round if there is enough new data", _SCHEDULE)
-    _schedule_options(firing)
-    for name, handler, text in (
-        ("status", _do_status, "how far a run is, and its figures"),
-        ("verify", _do_verify, "check the ledger, every record and every file of a run"),
-        ("inspect", _do_inspect, "look into what a stage wrote"),
-        ("report", _do_report, "write the report of a run as one HTML page"),
-        ("trace", _do_trace, "write the life of every shard as a Chrome trace, for Perfetto"),
-    ):
-        command(name, handler, text).add_argument("run", metavar="RUN", help=_RUN_FOLDER)
-    _inspect_options(commands.choices["inspect"])
-    commands.choices["report"].add_argument("--output", type=Path, metavar="FILE")
-    commands.choices["trace"].add_argument(
-        "--output", type=Path, metavar="FILE", default="trace.json", help="default: %(default)s"
-    )
-    _forget_options(command("forget", _do_forget, "take samples out of a run", _FORGET))
-    importing = command("import-checkpoint", _do_import, "turn a released BLIP .pth into folders")
-    _import_options(importing)
-    return parser
-
-
-def _config_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG")
-    parser.add_argument("overrides", metavar="key=value", nargs="*")
-
-
-def _run_options(parser: argparse.ArgumentParser) -> None:
-    _config_options(parser)
-    parser.add_argument("--rounds", type=int, metavar="N", help="the same as rounds.count=N")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, do nothing")
-    parser.add_argument(
-        "--retry-failed", action="store_true", help="fetch again what failed and may work now"
+    return parser(
+        {
+            "run": _do_run,
+            "schedule": _do_schedule,
+            "status": _do_status,
+            "verify": _do_verify,
+            "inspect": _do_inspect,
+            "report": _do_report,
+            "trace": _do_trace,
+            "forget": _do_forget,
+            "import-checkpoint": _do_import,
+        }
     )
 
 
-def _schedule_options(parser: argparse.ArgumentParser) -> None:
-    _config_options(parser)
-    parser.add_argument(
-        "--every", metavar="TIME", help="stay, and fire again and again: 30m, 6h, 1d (UTC)"
-    )
+def _say(line: str) -> None:
+    """Tell something on the way: a reader that has seen enough must not end the work."""
+    from pipeline.terminal import say
 
-
-def _import_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE.pth", type=Path)
-    parser.add_argument("out", metavar="OUT", type=Path, help="new folder for captioner/ …")
-    parser.add_argument("--image-size", type=int, metavar="N", help="default: as in the file")
-    parser.add_argument(
-        "--tokenizer", metavar="FOLDER", default="bert-base-uncased", help="or a hub id"
-    )
-    for tower in ("vision", "text"):
-        parser.add_argument(f"--{tower}-heads", type=int, metavar="N", help="default: width / 64")
-
-
-def _forget_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", help=_RUN_FOLDER)
-    given = parser.add_mutually_exclusive_group(required=True)
-    for name, text in (
-        ("urls", "URLs of images, one a line"),
-        ("ids", "sample_ids"),
-        ("hashes", "sha256 of images as downloaded"),
-    ):
-        given.add_argument(f"--{name}", type=Path, metavar="FILE", help=text)
-    parser.add_argument("--scrub", action="store_true", help="also write files anew that hold them")
-
-
-def _inspect_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("stage", metavar="STAGE", nargs="?", help="a stage or one of its tables")
-    parser.add_argument("--round", type=int, metavar="N", help="default: the last that has it")
-    parser.add_argument("--rows", type=int, metavar="N", help="how many rows to show")
-    parser.add_argument("--sql", metavar="SELECT", help="a question to the tables of the round")
+    say(line, sys.stdout)
 
 
 def _do_run(options: argparse.Namespace) -> int:
@@ -253,13 +151,15 @@ def _configured(path: str, overrides: Sequence[str]) -> Iterator[None]:
 
 
 def _print_figures(run: str) -> None:
-    from pipeline.terminal import console, json_wanted
+    from pipeline.terminal import console, json_wanted, unread
 
     if not json_wanted():
         from pipeline.status import print_figures, read_figures
         from pipeline.store import Store
 
-        print_figures(read_figures(Store(run)), console(sys.stdout))
+        figures = read_figures(Store(run))
+        with unread(sys.stdout):
+            print_figures(figures, console(sys.stdout))
 
 
 def _do_schedule(options: argparse.Namespace) -> int:
@@ -320,15 +220,15 @@ def _do_verify(options: argparse.Namespace) -> int:
 
     found = verify(store)
     for problem in found.problems:
-        print(clean(problem))
+        _say(clean(problem))
     if found.scratch_files:
         scratch = f"{found.scratch_files} unpublished files, {size(found.scratch_bytes)}"
-        print(f"note: {scratch}: left by unfinished work, harmless")
+        _say(f"note: {scratch}: left by unfinished work, harmless")
     if found.problems:
-        print(f"{len(found.problems)} problems in {found.records} records, {found.files} files")
+        _say(f"{len(found.problems)} problems in {found.records} records, {found.files} files")
         return 1
     rounds = ", ".join(map(str, found.balanced)) or "none yet"
-    print(
+    _say(
         f"OK: {found.records} records, {found.files} files, {size(found.bytes)}; "
         f"balanced rounds: {rounds}"
     )
@@ -376,17 +276,17 @@ def _do_forget(options: argparse.Namespace) -> int:
     }
     kind, path = next((kind, path) for kind, path in given.items() if path is not None)
     found = forget(store, kind, read_list(path, kind))
-    print(
+    _say(
         f"{found.asked} asked for, {found.samples} samples of this run"
         f"{'' if found.new else '; all were forgotten before'}"
     )
     for place in found.seen_by:
-        print(f"had seen them: {place}")
+        _say(f"had seen them: {place}")
     if options.scrub:
         from pipeline.scrub import scrub
 
-        scrubbed = scrub(store, print)
-        print(f"{scrubbed.rewritten} files written anew, {scrubbed.deleted} deleted")
+        scrubbed = scrub(store, _say)
+        _say(f"{scrubbed.rewritten} files written anew, {scrubbed.deleted} deleted")
     return 0
 
 
@@ -402,9 +302,9 @@ def _do_import(options: argparse.Namespace) -> int:
         text_heads=options.text_heads,
     )
     for folder in made.folders.values():
-        print(folder)
+        _say(str(folder))
     for note in made.notes:
-        print(f"note: {note}")
+        _say(f"note: {note}")
     return 0
 
 

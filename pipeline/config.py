@@ -22,6 +22,7 @@ from pydantic import (
     model_validator,
 )
 
+from pipeline.unique_keys import read_yaml
 from stages.assemble import AssembleConfig
 from stages.base import Config, Gpus, operational
 from stages.caption import CaptionConfig
@@ -217,11 +218,11 @@ def load(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration in the YAML file ``path``, with ``a.b=value`` overrides applied.
 
     Raises:
-        ConfigError: no such file, not YAML, or a field that is unknown, missing or out of range;
-            naming where the field was set, as `origin` does.
+        ConfigError: no such file, not YAML, a key given twice, or a field that is unknown, missing
+            or out of range; naming where the field was set, as `origin` does.
     """
     try:
-        values = _unshared(yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+        values = _unshared(read_yaml(Path(path).read_text(encoding="utf-8"), path))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     except yaml.YAMLError as error:
@@ -315,7 +316,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError(f"override {override!r}: write key=value, e.g. select.threshold=0.4")
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text, f"override {_short(override)}")
     except yaml.YAMLError:
         value = text  # such as {world}/web.parquet
     *parents, last = key.split(".")

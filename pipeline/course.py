@@ -14,7 +14,15 @@ from pipeline.config import RunConfig
 from pipeline.copies import plan_sharing
 from pipeline.dag import DatasetTask, Published, made_here, print_of
 from pipeline.engine.shard import payload
-from pipeline.plan import Model, RoundPlan, content_of, dataset_task, plan_round, probes
+from pipeline.plan import (
+    Model,
+    RoundPlan,
+    absolute,
+    content_of,
+    dataset_task,
+    plan_round,
+    probes,
+)
 from pipeline.records import fingerprint, record_name
 from pipeline.sources import Shards
 from pipeline.store import Store
@@ -39,9 +47,9 @@ class Course:
         probes, as the gate's first holders."""
         config = self._config
         named = {"caption": config.caption.model, "filter": config.filter.model}
-        refs = {stage: str(ref) for stage, ref in named.items()}
+        refs = {stage: absolute(str(ref)) for stage, ref in named.items()}
         # Looked up first: measuring takes long, and a misspelt path must not wait for it.
-        embedder = Model(str(config.embed.model), content_of(str(config.embed.model)))
+        embedder = _given(str(config.embed.model))
         inputs: dict[str, Published | str] = {
             "captioner": refs["caption"],
             "filter": refs["filter"],
@@ -86,9 +94,14 @@ class Course:
 
     def _embedder(self, plan: RoundPlan) -> Model:
         if self._config.embed.model is not None:
-            return Model(self._config.embed.model, content_of(self._config.embed.model))
+            return _given(self._config.embed.model)
         pretrain = plan.task("pretrain").record
         return Model(made_here(pretrain, "med"), print_of(pretrain))
+
+
+def _given(ref: str) -> Model:
+    """A model that the config names."""
+    return Model(absolute(ref), content_of(ref))
 
 
 def _newcomers(

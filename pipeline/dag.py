@@ -36,6 +36,21 @@ SHARD_READS: Mapping[str, tuple[str, ...]] = {
 """Shard stages in the order in which a shard passes them, with what each reads. A shard whose
 images share nothing has no ``shared``."""
 
+WHOLE_ROUND_READS: Mapping[str, tuple[str, ...]] = {
+    "copies": ("download",),  # and embed, where that is configured
+    "dedup": ("download", "embed"),
+    "select": ("sources", "download", "caption", "filter", "dedup"),
+    "assemble": ("select", "download"),
+    "ledger": ("sources", "download", "caption", "select", "assemble"),
+    "pretrain": ("assemble",),
+    "finetune_captioner": ("pretrain", "assemble"),
+    "finetune_filter": ("pretrain", "assemble"),
+    "evaluate": ("pretrain", "finetune_captioner", "finetune_filter"),
+    "audit": ("select", "download", "dedup"),
+    "gate": ("evaluate",),
+}
+"""Whole-round stages with what each reads of its own round; a raw round lacks some of that."""
+
 BEFORE_COPIES = ("download", "embed")
 """Shard stages that every shard has passed before it is known which images share captions."""
 
@@ -139,6 +154,13 @@ class DatasetTask:
             elif source.startswith(MADE_HERE):
                 names.add(source.removeprefix(MADE_HERE).partition("#")[0])
         return sorted(name for name in names if "/all-" in name)
+
+
+def needed_by(stage: str) -> frozenset[str]:
+    """The stages whose fingerprints that of ``stage`` covers: without their records in the same
+    plan, it cannot have been done. Copies is none: captions hang on what it found, not on it."""
+    reads = {**SHARD_READS, **WHOLE_ROUND_READS}.get(stage, ())
+    return frozenset(reads).union(*map(needed_by, reads))
 
 
 def print_of(record: str) -> str:

@@ -34,7 +34,7 @@ from stages.schemas import TOMBSTONES
 Kind = Literal["url", "id", "hash"]
 
 _FORMS: Mapping[Kind, tuple[str, str]] = {
-    "url": (r"\S+", "a URL"),
+    "url": (r"\S(.*\S)?", "a URL"),  # some that samples have come from hold blanks
     "id": (r"[0-9a-f]{32}", "a sample_id, 32 hex digits"),
     "hash": (r"[0-9a-f]{64}", "the sha256 of an image as downloaded, 64 hex digits"),
 }

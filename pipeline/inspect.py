@@ -21,6 +21,7 @@ from pipeline.tombstones import read_removed
 from stages.database import unglobbed
 from stages.errors import UserError
 from stages.hosts import BY_HOST
+from stages.scrub import ID_COLUMNS
 
 _WIDE = 6
 """Rows of more columns than this are printed one column a line."""
@@ -211,10 +212,17 @@ class Query:
         return connection
 
     def _visible(self, view: View) -> str:
-        """The condition that leaves hidden samples out, of a table that names samples."""
-        if not self._hidden or "sample_id" not in self._store.read_schema(view.files[0]).names:
+        """The condition that leaves hidden samples out, of a table that names samples; also the
+        texts that they gave to others or took from them."""
+        if not self._hidden:
             return ""
-        return " WHERE sample_id IS NULL OR sample_id NOT IN (SELECT sample_id FROM _hidden)"
+        names = self._store.read_schema(view.files[0]).names
+        told = [
+            f"({name} IS NULL OR {name} NOT IN (SELECT sample_id FROM _hidden))"
+            for name in ID_COLUMNS
+            if name in names
+        ]
+        return f" WHERE {' AND '.join(told)}" if told else ""
 
 
 def _literal(text: str) -> str:

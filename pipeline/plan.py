@@ -35,6 +35,7 @@ from stages.dedup import EVALUATION, DedupStage
 from stages.errors import SourceError
 from stages.evaluate import EvaluateStage
 from stages.finetune import CaptionerFinetune, FilterFinetune
+from stages.ingest import find_files
 from stages.pretrain import PretrainStage
 from stages.probes import ANNOTATIONS
 from stages.scenes.stage import AuditStage
@@ -330,7 +331,7 @@ def dataset_task(
 
 
 def probes(config: RunConfig) -> dict[str, Published | str]:
-    """The probe folders that are given, by split.
+    """The probe folders that are given, by split; by their full paths, see `absolute`.
 
     Raises:
         SourceError: one is not there. It is no hub id, and is read only after training.
@@ -341,7 +342,7 @@ def probes(config: RunConfig) -> dict[str, Published | str]:
             continue
         if not (Path(folder) / ANNOTATIONS).is_file():
             raise SourceError(f"{split}: {folder}: no {ANNOTATIONS} in it; give a probe folder")
-        given[split] = folder
+        given[split] = absolute(folder)
     return given
 
 
@@ -358,13 +359,15 @@ def evaluation_sets(config: RunConfig) -> dict[str, str]:
                 f"dedup.evaluation: {path}: not there; give a folder or tar of images, or Parquet "
                 "with a column `embedding`"
             )
-        sets[f"{number}-{Path(path).name}"] = path
-    return {name: absolute(path) for name, path in sets.items()}
+        sets[f"{number}-{Path(path).name}"] = absolute(path)
+    return sets
 
 
-def absolute(folder: str) -> str:
-    """A local folder by its full path, since workers run elsewhere; a hub id as it is."""
-    return str(Path(folder).resolve()) if Path(folder).exists() else folder
+def absolute(ref: str) -> str:
+    """A local folder or file by its full path, since workers run elsewhere; a hub id as it is.
+    Links stay: what one leads to may be called otherwise, and its ending tells what it is."""
+    path = Path(ref).expanduser()
+    return str(path.absolute()) if path.exists() else ref
 
 
 def _output(task: DatasetTask, pattern: str) -> Published:
@@ -388,9 +391,10 @@ def content_of(folder: str) -> str:
         record, _, part = folder.removeprefix(MADE_HERE).partition("#")
         return f"{print_of(record)}#{part}"
     fs, root = fsspec.core.url_to_fs(folder)
-    files = sorted(fs.find(root))
+    files = find_files(fs, root)
     if not files:
-        if folder.count("/") <= 1 and not folder.startswith((".", "/")):
+        name, _, _ = folder.partition("@")  # a revision may be refs/pr/1
+        if name.count("/") <= 1 and not name.startswith((".", "/")):
             return folder
         raise SourceError(f"{folder}: no such folder, or nothing in it")
     state = hashlib.sha256()

@@ -26,6 +26,8 @@ from pipeline.terminal import (
     duration,
     json_line,
     json_wanted,
+    say,
+    unread,
 )
 
 _SECONDS = 5.0
@@ -94,7 +96,8 @@ class _Stage:
 class Screen:
     """Shows the stages of a round as they go on; a ``with`` block brings the terminal back.
 
-    `update` may be called from another thread. Texts may hold anything: they are cleaned here.
+    `update` may be called from another thread. Texts may hold anything: they are cleaned here. A
+    reader that goes away does not end the run.
 
     Args:
         file: where to; None is the standard output.
@@ -254,13 +257,14 @@ class Screen:
         """``line`` as it is; its parts must be clean already. The rest is for JSON lines."""
         if self._json:
             where = {"run": self._run, "round": self._round, "stage": stage, "shard": shard}
-            print(json_line(line, level, **where), file=self._file, flush=True)
+            say(json_line(line, level, **where), self._file)
             return
         if self._live is not None:
-            self._live.print(line)
+            with unread(self._file):
+                self._live.print(line)
             return
         moment = time.strftime("%Y-%m-%d %H:%M:%S")
-        print(f"{moment} {line}", file=self._file, flush=True)
+        say(f"{moment} {line}", self._file)
 
 
 class _Live:

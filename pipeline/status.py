@@ -29,6 +29,10 @@ _KEY_METRICS = (
 )
 """(split, model, metric) worth a line; of the split ``truth`` all are."""
 
+_LAST = 5
+"""Rounds beside the first of which figures are printed: as many as leave room for numbers of seven
+digits on a screen of 100 columns."""
+
 _MEASURING = ("ledger", "evaluate", "audit")
 """Stages whose output holds a round's figures."""
 
@@ -299,17 +303,19 @@ def _print_round(round_: RoundStatus, out: Console) -> None:
 
 
 def print_figures(rounds: Sequence[Figures], out: Console) -> None:
-    """Pairs by state and the key metrics, a column a round. Nothing where there are none."""
-    columns = [f"round {round_.number}" for round_ in rounds]
+    """Pairs by state and the key metrics, a column a round; of many rounds the first and the last.
+    Nothing where there are none."""
+    told = [*rounds] if len(rounds) <= 1 + _LAST else [rounds[0], None, *rounds[-_LAST:]]
+    columns = ["…" if round_ is None else f"round {round_.number}" for round_ in told]
     numbers = frozenset(columns)
     pairs = grid("pairs", *columns, right=numbers)
     for key in sorted({key for round_ in rounds for key in round_.pairs}):
-        counts = [round_.pairs.get(key) for round_ in rounds]
+        counts = [None if round_ is None else round_.pairs.get(key) for round_ in told]
         cells = [Text("" if count is None else f"{count:,}") for count in counts]
         pairs.add_row(Text(clean(" ".join(key))), *cells)
     metrics = grid("metric", *columns, right=numbers)
     for metric in _shown(rounds):
-        values = [round_.metrics.get(metric) for round_ in rounds]
+        values = [None if round_ is None else round_.metrics.get(metric) for round_ in told]
         metrics.add_row(Text(clean(" ".join(metric))), *map(Text, _written(values)))
     for table in (pairs, metrics):
         if table.row_count:

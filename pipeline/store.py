@@ -89,7 +89,9 @@ class Store:
     @property
     def cache(self) -> Path:
         """Where this machine keeps copies of files from a remote store."""
-        name = hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        # However the address is spelt: `forget --scrub` clears one cache, and must know which.
+        place = str(self.fs.unstrip_protocol(self.root))
+        name = hashlib.sha256(place.encode()).hexdigest()[:16]
         ours = Path(tempfile.gettempdir()) / f"capfilt-{os.getuid()}"
         ours.mkdir(mode=0o700, exist_ok=True)
         state = ours.stat()
@@ -137,7 +139,14 @@ class Store:
 
     def exists(self, relative: str) -> bool:
         with self._talking(f"cannot look for {relative}"):
-            return bool(self.fs.exists(self.path(relative)))
+            if not self.is_local:
+                return bool(self.fs.exists(self.path(relative)))
+            # fsspec's says no to whatever goes wrong, an I/O error or Ctrl-C: no fence would hold.
+            try:
+                Path(self.path(relative)).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            return True
 
     # ---- small files -------------------------------------------------------------------------
 
@@ -157,7 +166,8 @@ class Store:
             Path(scratch).replace(self.path(relative))
 
     def create(self, relative: str, data: bytes) -> bool:
-        """Write a file that must not exist yet. False, and nothing changed, if it does.
+        """Write a file that must not exist yet. False, and nothing changed, if it does: read back
+        what is there, which may be what a lost answer hid.
 
         Atomic: readers see the whole file or none, and of two writers one wins.
         """
@@ -168,14 +178,17 @@ class Store:
                 return _create_local(Path(target), data)
             try:
                 self.fs.pipe_file(target, data, mode="create")
-            except FileExistsError:
+            except OSError:
+                # Stores refuse in ways of their own, and s3fs knows one of them as FileExistsError.
+                if not self.fs.exists(target):
+                    raise
                 return False
             return True
 
     def remove(self, relative: str) -> None:
         """Remove a file or folder of the scratch area; nothing happens if it is not there."""
         with self._talking(f"cannot remove {relative}"):
-            if self.fs.exists(self.path(relative)):
+            if self.exists(relative):
                 self.fs.rm(self.path(relative), recursive=True)
 
     # ---- payloads ----------------------------------------------------------------------------

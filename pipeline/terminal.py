@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import NoReturn, TextIO
 
@@ -92,9 +94,28 @@ def breakdown(counts: dict[str, int]) -> str:
     return f"{sum(counts.values()):,}: {parts}"
 
 
+@contextmanager
+def unread(file: TextIO) -> Iterator[None]:
+    """Inside, it is no error if the reader of ``file``, `head` for one, has seen enough. What is
+    left to write then goes nowhere, also what Python itself would write when the program ends."""
+    try:
+        yield
+    except BrokenPipeError:
+        with suppress(OSError):  # a file that is only in memory
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, file.fileno())
+            os.close(nowhere)
+
+
+def say(line: str, file: TextIO) -> None:
+    """One line, at once; whether anybody still reads it does not matter."""
+    with unread(file):
+        print(line, file=file, flush=True)
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> NoReturn:
-        """rich ends the program with exit code 1; a reader that has seen enough is no error."""
+        """rich ends the program with exit code 1; what a broken pipe means, `unread` says."""
         raise BrokenPipeError
 
 

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.dag import WHOLE_ROUND_READS, needed_by
 from pipeline.ledger import balance
 from pipeline.records import Payload, Record
 from pipeline.runfolder import STAGES, Published, Round, read_books, read_rounds, tables
@@ -317,18 +318,15 @@ def _rounds(store: Store, found: Verification) -> list[Round]:
 
 def _check_plan(round_: Round, records: Mapping[str, Record]) -> list[str]:
     """Whatever a published stage was made from is published too."""
-    done = [
-        stage
-        for stage, names in round_.records.items()
-        if stage not in ("sources", *_SHARD_STAGES) and any(name in records for name in names)
-    ]
-    if not done:
-        return []
-    latest = max(done, key=lambda stage: STAGES.index(stage) if stage in STAGES else 0)
-    before = STAGES[: STAGES.index(latest)] if latest in STAGES else ()
+    gone_on: dict[str, str] = {}
+    for stage, names in round_.records.items():
+        if stage in WHOLE_ROUND_READS and any(name in records for name in names):
+            gone_on |= dict.fromkeys(needed_by(stage), stage)
     return [
-        f"{name}: is missing or unreadable, though round {round_.number} has gone on to {latest}"
-        for stage in before
+        f"{name}: is missing or unreadable, though round {round_.number} has gone on to "
+        f"{gone_on[stage]}"
+        for stage in STAGES
+        if stage in gone_on
         for name in round_.records.get(stage, ())
         if name not in records
     ]

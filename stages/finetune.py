@@ -138,7 +138,7 @@ class FilterLosses(Losses):
 
 
 class _Finetune(DatasetStage):
-    version = 2
+    version = 3
     trained: ClassVar[tuple[str, ...]]
     parts: ClassVar[tuple[str, ...]]
     """Modules of MED that the losses reach; the others take no part."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -242,11 +244,47 @@ def check_distinct(files: Iterable[SourceFile]) -> None:
 def _find(fs: Any, path: str) -> tuple[str, list[str]]:
     """(what names are relative to, paths of the files)."""
     if any(sign in path for sign in "*?[") and not fs.exists(path):
-        fixed = itertools.takewhile(lambda part: not set("*?[") & set(part), path.split("/"))
-        return "/".join(fixed), sorted(name for name in fs.glob(path) if fs.isfile(name))
+        parts = path.split("/")
+        fixed = list(itertools.takewhile(lambda part: not set("*?[") & set(part), parts))
+        base, depth = "/".join(fixed), None if "**" in parts else len(parts) - len(fixed)
+        return base, sorted(name for name in _matching(fs, path, base, depth) if fs.isfile(name))
     if fs.isdir(path):
-        return path, sorted(fs.find(path))
+        return path, find_files(fs, path)
     return path, [path] if fs.exists(path) else []
+
+
+def find_files(fs: Any, path: str) -> list[str]:
+    """Every file below a folder, sorted; of a file itself, and of nothing where there is none. On a
+    disk, links to folders are followed: fsspec takes them for files."""
+    if "file" in _protocols(fs) and fs.isdir(path):
+        return sorted(_below(path))
+    return sorted(fs.find(path))
+
+
+def _matching(fs: Any, pattern: str, base: str, depth: int | None) -> Iterable[str]:
+    """What is called so, below ``base``, at most ``depth`` folders deep."""
+    from fsspec.utils import glob_translate
+
+    if "file" not in _protocols(fs):
+        return map(str, fs.glob(pattern))
+    return filter(re.compile(glob_translate(pattern)).match, _below(base or "/", depth))
+
+
+def _below(folder: str, depth: int | None = None, within: tuple[str, ...] = ()) -> Iterator[str]:
+    """All but folders, at most ``depth`` levels deep. ``within``: the real paths of the folders
+    above, so that a link to one of them ends nowhere."""
+    real = os.path.realpath(folder)
+    if depth == 0 or real in within:
+        return
+    try:
+        entries = list(os.scandir(folder))
+    except (FileNotFoundError, PermissionError):
+        return  # as fsspec does: the root of a disk has a lost+found, which only root may read
+    for entry in entries:
+        if entry.is_dir():
+            yield from _below(entry.path, depth and depth - 1, (*within, real))
+        else:
+            yield entry.path
 
 
 def _choose(

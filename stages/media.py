@@ -22,6 +22,11 @@ IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif",
 _TAR_MEMBER = re.compile(r"^(.*?\.tar(?:\.gz)?)#(.*)$", re.DOTALL | re.IGNORECASE)
 
 
+def is_image(name: str) -> bool:
+    """Whether a file is called like one."""
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
 def member_name(tar: str, member: str) -> str:
     return f"{tar}#{member}"
 

@@ -61,7 +61,7 @@ class PretrainStage(DatasetStage):
     """
 
     name = "pretrain"
-    version = 2
+    version = 3
 
     def __init__(self, config: PretrainConfig) -> None:
         self.config = config

@@ -9,6 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import fsspec
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -22,6 +23,7 @@ from stages.dedup.hashes import indexed
 from stages.dedup.images import Images, Mask, Matrix, Rows, as_matrix, hash_bytes, usable
 from stages.dedup.ties import above
 from stages.errors import ConfigError, RunError, SourceError
+from stages.ingest import find_files
 from stages.models.images import decode
 from stages.schemas import CONTAMINATED, DOWNLOAD
 
@@ -98,16 +100,21 @@ def read_evaluation(
     )
 
 
+def image_files(folder: Path) -> list[Path]:
+    """The files below that are named like images, sorted; links to folders are followed."""
+    found = map(Path, find_files(fsspec.filesystem("file"), str(folder)))
+    return [file for file in found if media.is_image(file.name) and file.is_file()]
+
+
 def _files(path: Path) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of each file of a folder or tar that is named like an image."""
     if path.is_dir():
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            if file.suffix.lower().lstrip(".") in media.IMAGE_EXTENSIONS:
-                yield file.relative_to(path).as_posix(), file.read_bytes()
+        for file in image_files(path):
+            yield file.relative_to(path).as_posix(), file.read_bytes()
         return
     try:
         for tar, member in media.tar_members(str(path)):
-            if Path(member.name).suffix.lower().lstrip(".") in media.IMAGE_EXTENSIONS:
+            if media.is_image(member.name):
                 yield member.name, media.member_bytes(tar, member)
     except Exception as error:
         raise SourceError(

@@ -17,6 +17,7 @@ from pipeline.cli import main
 from pipeline.lease import held
 from pipeline.runfolder import read_rounds
 from pipeline.store import Store
+from stages.ids import sample_id
 from stages.scenes.config import WorldConfig
 from stages.scenes.world import build_world
 from tests.run_folder import make_run
@@ -236,8 +237,9 @@ def test_inspect(run: str) -> None:
     assert "does not exist" in refused(capfilt("inspect", run, "--sql", "SELECT * FROM x"))
 
 
-def test_a_reader_that_has_seen_enough(run: str) -> None:
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_a_reader_that_has_seen_enough(run: str, unbuffered: str) -> None:
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
     command = f"{sys.executable} -m pipeline inspect {run} pairs | head -1"
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", command],
@@ -248,6 +250,53 @@ def test_a_reader_that_has_seen_enough(run: str) -> None:
     )
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("round 1, pairs")
+
+
+def unheard(*arguments: str, unbuffered: str) -> subprocess.CompletedProcess[str]:
+    """A command whose output nobody reads, from the first line on."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", *arguments],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered},
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writer)
+    return done
+
+
+@pytest.mark.parametrize("unbuffered", ["1", ""])
+def test_what_nobody_reads_is_done_all_the_same(tmp_path: Path, unbuffered: str) -> None:
+    for shown in (("--help",), ("status", "--help")):
+        done = unheard(*shown, unbuffered=unbuffered)
+        assert (done.returncode, done.stderr) == (0, "")
+    store = make_run(str(tmp_path / "run"))
+    for command in ("status", "verify", "inspect"):
+        done = unheard(command, store.url, unbuffered=unbuffered)
+        assert (done.returncode, done.stderr) == (0, "")
+    (tmp_path / "ids.txt").write_text(sample_id("cat"))
+    ids = ("--ids", str(tmp_path / "ids.txt"))
+    done = unheard("forget", store.url, *ids, "--scrub", unbuffered=unbuffered)
+    assert (done.returncode, done.stderr) == (0, "")
+    records = store.read_records(store.record_names())
+    assert any("scrubbed" in record.details for record in records)
+    store.remove(read_rounds(store)[1].records["caption"][0])
+    done = unheard("verify", store.url, unbuffered=unbuffered)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_connection_that_breaks_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise BrokenPipeError("to a store")
+
+    monkeypatch.setattr("pipeline.config.load", broken)
+    assert main(["run", "my.yaml"]) == 1
+    assert "BrokenPipeError: to a store" in capsys.readouterr().err
 
 
 def test_the_trace_of_a_run(run: str, tmp_path: Path) -> None:

@@ -226,6 +226,31 @@ def test_the_seed_reaches_every_stage_that_names_none(file: Path) -> None:
     assert config.pretrain.seed == 9
 
 
+@pytest.mark.parametrize(
+    ("more", "key", "lines"),
+    [
+        ("seed: 1\nselect: {keep: web}\nseed: 1\n", "seed", (3, 1)),
+        ("caption:\n  model: a/b\n  resources: {cpus: 2}\n  model: c/d\n", "model", (4, 2)),
+        ("sources:\n- {path: a, path: b}\n", "path", (2, 2)),
+        ("'seed': 1\nseed: 2\n", "seed", (2, 1)),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused(
+    tmp_path: Path, more: str, key: str, lines: tuple[int, int]
+) -> None:
+    (tmp_path / "run.yaml").write_text(more)
+    again, first = lines
+    assert problem(tmp_path / "run.yaml") == (
+        f"{tmp_path}/run.yaml: line {again}: {key!r} stands on line {first} already; "
+        "put both into one"
+    )
+
+
+def test_an_override_that_gives_a_key_twice(file: Path) -> None:
+    said = problem(file, "rounds={count: 1, count: 2}")
+    assert said.startswith("override 'rounds={count: 1, count: 2}': line 1: 'count' stands on")
+
+
 def test_an_alias_is_a_copy(file: Path) -> None:
     """Neither an override nor the seed of one node reaches the other."""
     with file.open("a") as text:
@@ -271,6 +296,9 @@ def test_the_configs_that_come_along_are_valid(path: Path) -> None:
             "paper-14m",
             {
                 "pretrain.model.vision.width": 768,
+                "pretrain.model.vision.drop_path": 0.0,
+                "finetune.captioner.drop_path": 0.0,
+                "finetune.filter.drop_path": 0.0,
                 "pretrain.batch_size": 2880,
                 "pretrain.lr": 3e-4,
                 "finetune.captioner.lr": 1e-5,
@@ -282,6 +310,9 @@ def test_the_configs_that_come_along_are_valid(path: Path) -> None:
             {
                 "pretrain.model.vision.width": 1024,
                 "pretrain.model.vision.layers": 24,
+                "pretrain.model.vision.drop_path": 0.1,
+                "finetune.captioner.drop_path": 0.1,
+                "finetune.filter.drop_path": 0.1,
                 "pretrain.batch_size": 2400,
                 "pretrain.lr": 2e-4,
                 "finetune.captioner.lr": 2e-6,

@@ -97,6 +97,8 @@ def test_every_net_finds_what_folders_and_tars_hold(tmp_path: Path, embedder: Pa
     (tmp_path / "test" / "deep" / "one.png").write_bytes(encoded(picture(1)))
     (tmp_path / "test" / "two.png").write_bytes(encoded(picture(2)))
     (tmp_path / "test" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "test" / "deep").rename(tmp_path / "elsewhere")
+    (tmp_path / "test" / "deep").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "test" / "captions.json").write_text("{}")
     with tarfile.open(tmp_path / "coco.tar", "w") as tar:
         info = tarfile.TarInfo("000001.jpg")

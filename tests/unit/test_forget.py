@@ -153,9 +153,10 @@ def test_lists_are_read_line_by_line(tmp_path: Path) -> None:
     file = tmp_path / "list.txt"
     file.write_text(f"# a request of last week\n\n  {CAT.upper()} \n{CAT}\n")
     assert read_list(file, "id") == [CAT]
+    file.write_text(" http://web.test/my cat.jpg \nhttp://web.test/1\nx\n")
+    assert read_list(file, "url") == ["http://web.test/my cat.jpg", "http://web.test/1", "x"]
     for text, kind, message in (
         ("", "url", "holds nothing"),
-        ("a b", "url", "line 1"),
         ("zz", "id", "32 hex digits"),
         ("ab", "hash", "64 hex digits"),
     ):

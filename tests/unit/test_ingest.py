@@ -62,6 +62,27 @@ def test_rows_have_the_ids_of_the_project(tmp_path: Path) -> None:
     assert len(set(samples)) == 3  # rows without an image do not become one sample
 
 
+def test_links_to_folders_are_followed(tmp_path: Path) -> None:
+    """Parts of a set may lie on another disk; fsspec takes such a link for a file."""
+    table(tmp_path / "disk" / "x.parquet", [(url(1), "t")])
+    table(tmp_path / "data" / "part0" / "x.parquet", [(url(2), "t")])
+    (tmp_path / "data" / "part1").symlink_to(tmp_path / "disk")
+    (tmp_path / "data" / "part2").mkdir()
+    (tmp_path / "data" / "part2" / "x.parquet").symlink_to(tmp_path / "disk" / "x.parquet")
+    (tmp_path / "disk" / "back").symlink_to(tmp_path / "data")  # and round again
+    data = tmp_path / "data"
+    three = [str(data / f"part{number}" / "x.parquet") for number in range(3)]
+    assert [file.path for file in files(data)] == three
+    for pattern in ("*/x.parquet", "*/*.parquet", "part?/x.*", "**/x.parquet"):
+        assert [file.path for file in files(data / pattern)] == three
+    assert [file.path for file in files(data / "part1" / "*.parquet")] == three[1:2]
+    whole = {file.identity for file in files(data)}
+    assert whole == {file.identity for file in files(data / "**" / "*.parquet")}
+    (data / "part1").unlink()
+    shutil.copytree(tmp_path / "disk", data / "part1", ignore=shutil.ignore_patterns("back"))
+    assert whole == {file.identity for file in files(data)}
+
+
 def test_identity_is_name_and_content_but_not_place_or_time(tmp_path: Path) -> None:
     first = table(tmp_path / "one" / "part" / "x.parquet", [(url(1), "t")])
     shutil.copytree(tmp_path / "one", tmp_path / "two")

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.inspect import Query, cell, choose, inspect, read_views
+from pipeline.inspect import Query, View, cell, choose, inspect, read_views
 from pipeline.runfolder import read_rounds
 from pipeline.store import Store
 from pipeline.terminal import console
 from stages.errors import UserError
+from stages.schemas import TRAINING_INDEX
 from tests.run_folder import HOSTILE, make_run
 from tests.s3 import s3_bucket
+from tests.tables import filled
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,18 @@ def test_the_columns_are_those_of_the_files(query: Query) -> None:
     """No column is made up from the folders' names."""
     names, _ = query.run("SELECT * FROM caption", 1)
     assert names == ["sample_id", "caption_index", "text", "status", "detail", "model"]
+
+
+def test_a_text_that_came_with_a_removed_sample_is_hidden(tmp_path: Path) -> None:
+    """The sample that carries it stays, and so does all that it has of its own."""
+    store = Store(str(tmp_path))
+    rows = [{"sample_id": "a", "origin": origin, "text": origin} for origin in ("a", "b", "c")]
+    rows.append({"sample_id": "b", "origin": "c", "text": "gone as well"})
+    payload = store.put_table("x", filled(TRAINING_INDEX, rows))
+    views = {"index": View("index", 1, (("assemble", payload),))}
+    ask = 'SELECT text FROM "index" ORDER BY text'
+    assert len(Query(store, views).run(ask, 9)[1]) == 4
+    assert list(Query(store, views, frozenset({"b"})).run(ask, 9)[1]) == [("a",), ("c",)]
 
 
 def test_longer_answers_are_cut(store: Store) -> None:

@@ -8,10 +8,20 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import RunConfig, parse
-from pipeline.course import labelled
-from pipeline.dag import Published, print_of, stage_input
+from pipeline.copies import plan_sharing
+from pipeline.course import Course, labelled
+from pipeline.dag import SHARD_READS, WHOLE_ROUND_READS, Published, print_of, stage_input
 from pipeline.engine.dataset import publish_folder
-from pipeline.plan import Model, Sharing, content_of, evaluation_sets, plan_round, probes
+from pipeline.plan import (
+    Model,
+    Sharing,
+    absolute,
+    content_of,
+    evaluation_sets,
+    plan_round,
+    probes,
+)
+from pipeline.runfolder import STAGES
 from pipeline.store import Store
 from stages.base import Resources
 from stages.errors import SourceError
@@ -47,6 +57,27 @@ def test_a_hub_id_stands_for_itself_and_a_missing_path_does_not(tmp_path: Path) 
         content_of(str(tmp_path / "missing"))
 
 
+def test_a_revision_with_slashes_is_part_of_a_hub_id() -> None:
+    assert content_of("someone/blip@refs/pr/1") == "someone/blip@refs/pr/1"
+    for missing in ("none/such/folder@1", "./none@refs/pr/1", "/none@1"):
+        with pytest.raises(SourceError, match="no such folder"):
+            content_of(missing)
+
+
+def test_images_may_lie_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "coco").mkdir()
+    (tmp_path / "coco" / "0.jpg").write_bytes(b"1")
+    for name in ("linked", "copied"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "annotations.jsonl").write_text("{}")
+    (tmp_path / "linked" / "images").symlink_to(tmp_path / "coco")
+    (tmp_path / "copied" / "images").mkdir()
+    (tmp_path / "copied" / "images" / "0.jpg").write_bytes(b"1")
+    assert content_of(str(tmp_path / "linked")) == content_of(str(tmp_path / "copied"))
+    (tmp_path / "coco" / "0.jpg").write_bytes(b"2")
+    assert content_of(str(tmp_path / "linked")) != content_of(str(tmp_path / "copied"))
+
+
 def test_probe_folders_must_be_there_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,7 +88,7 @@ def test_probe_folders_must_be_there_before_training(
     with pytest.raises(SourceError, match=r"dev: probes/dev: no annotations\.jsonl"):
         probes(config(dev="probes/dev"))
     (folder / "annotations.jsonl").write_text("{}")
-    assert probes(config(dev="probes/dev")) == {"dev": "probes/dev"}
+    assert probes(config(dev="probes/dev")) == {"dev": str(folder)}
     assert probes(config()) == {}
 
 
@@ -141,6 +172,47 @@ def test_probes_and_evaluation_sets_reach_dedup_by_content(tmp_path: Path) -> No
         records(MODELS, **dedup)
 
 
+def test_workers_get_full_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run in another folder than the driver, which a relative path means."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("captioner", "filter", "embedder", "words", "med", "dev", "test", "blobs"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "annotations.jsonl").write_text(name)
+    (tmp_path / "set.parquet").symlink_to("blobs/annotations.jsonl")
+    made = config(
+        caption={"model": "captioner"},
+        filter={"model": "./filter"},
+        embed={"model": "embedder"},
+        dev="dev",
+        test="test",
+        dedup={"evaluation": ["set.parquet"]},
+        pretrain={"tokenizer": "words", "init": "med"},
+    )
+    course = Course(made, Store("run"), None)
+    tasks = [course.released()]
+    plan, _ = course.plan(1, None, SHARDS)
+    tasks += plan.tasks
+    given = [s for task in tasks for s in task.inputs.values() if isinstance(s, str)]
+    given += [str(task.model) for task in plan.shard_tasks if task.model is not None]
+    paths = {place for place in given if not place.startswith("record:")}
+    names = ("captioner", "filter", "embedder", "words", "med", "dev", "test", "set.parquet")
+    assert paths == {str(tmp_path / name) for name in names}
+    monkeypatch.chdir("/")
+    elsewhere = Course(_with_full_paths(made, tmp_path), Store(str(tmp_path / "run")), None)
+    assert elsewhere.released().fingerprint == tasks[0].fingerprint
+    assert absolute("someone/blip@main") == "someone/blip@main"
+
+
+def _with_full_paths(made: RunConfig, folder: Path) -> RunConfig:
+    """The same config as one who sits elsewhere would write it."""
+    values = made.model_dump()
+    for stage in ("caption", "filter", "embed"):
+        values[stage]["model"] = str(folder / values[stage]["model"])
+    for split in ("dev", "test"):
+        values[split] = str(folder / values[split])
+    return parse(values, "test")
+
+
 def test_human_images_are_embedded_where_evaluation_sets_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "coco.tar").write_bytes(b"1")
     compared = {"dedup": {"evaluation": [str(tmp_path / "coco.tar")]}}
@@ -148,6 +220,21 @@ def test_human_images_are_embedded_where_evaluation_sets_are_looked_for(tmp_path
         plan = plan_round(config(**fields), 1, SHARDS, MODELS, None, {})
         _, human = plan.jobs(set())
         assert human.shard == "000001" and list(human.todo) == stages
+
+
+def test_the_table_of_what_stages_read_is_that_of_the_plan(tmp_path: Path) -> None:
+    store, told = Store(str(tmp_path / "run")), dict(WHOLE_ROUND_READS)
+    assert told.pop("gate") == ("evaluate",)  # is no task, see `pipeline.course.gate_record`
+    read: dict[str, set[str]] = {}
+    for models in ({}, MODELS):
+        sharing = plan_sharing(config(), 1, SHARDS, models, (), (), store)
+        plan = plan_round(config(), 1, SHARDS, models, "world", {}, sharing=sharing)
+        for task in plan.tasks:
+            names = [n for s in task.inputs.values() if isinstance(s, Published) for n in s.records]
+            stages = {name.partition("stage=")[2].partition("/")[0] for name in names + task.reads}
+            read.setdefault(task.name, set()).update(stages)
+    assert read == {stage: set(names) for stage, names in told.items()}
+    assert set(WHOLE_ROUND_READS) | set(SHARD_READS) | {"sources"} == set(STAGES)
 
 
 def test_a_round_takes_over_the_clusters_of_the_one_before() -> None:

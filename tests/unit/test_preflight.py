@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import BertConfig, ViTConfig
 
@@ -111,6 +114,51 @@ def test_probes(good: dict[str, Any], tmp_path: Path, annotations: str | None, p
     with pytest.raises(SourceError) as caught:
         checked(good, test=str(tmp_path))
     assert str(caught.value).startswith(f"test: {tmp_path}") and part in str(caught.value)
+
+
+def test_evaluation_sets(good: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / "0.JPG").write_bytes(jpeg(0))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "deep" / "er" / "0.JPG", "er/0.JPG")
+    pq.write_table(pa.table({"embedding": [[0.5]]}), tmp_path / "a.parquet")
+    sets = [str(tmp_path / name) for name in ("deep", "a.tar", "a.parquet")]
+    checked(good, dedup={"evaluation": sets})
+    checked(good, world={}, dedup={"evaluation": ["{world}/test"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("none", None, "not there"),
+        ("none.parquet", None, "not there"),
+        ("folder", {"a.txt": b"1"}, "no picture in it"),
+        ("a.tar", b"junk" * 300, "cannot be read"),
+        ("a.tar", b"", "cannot be read"),
+        ("a.tar.gz", b"\x1f\x8b\x08" + b"\xff" * 99, "cannot be read"),
+        ("a.parquet", b"junk", "cannot be read"),
+        ("a.parquet", pa.table({"text": ["a"]}), "no picture in it"),
+        ("a.parquet", pa.table({"embedding": pa.array([], pa.list_(pa.float32()))}), "no picture"),
+    ],
+)
+def test_evaluation_sets_that_are_none(
+    good: dict[str, Any], tmp_path: Path, name: str, content: Any, part: str
+) -> None:
+    """A bootstrapping round would find out, hours of pretraining later."""
+    path = tmp_path / name
+    if isinstance(content, dict):
+        path.mkdir()
+        for file, data in content.items():
+            (path / file).write_bytes(data)
+    elif isinstance(content, pa.Table):
+        pq.write_table(content, path)
+    elif content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SourceError) as caught:
+        checked(good, dedup={"evaluation": [good["dev"], str(path)]})
+    said = str(caught.value)
+    assert said.startswith(f"dedup.evaluation.1: {path}: {part}") and "\n" not in said
+    assert said.endswith("give a folder or tar of images, or Parquet with a column `embedding`")
 
 
 def write(folder: Path, **files: str | bytes) -> None:

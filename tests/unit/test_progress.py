@@ -123,6 +123,28 @@ def test_a_failure_is_told_once_and_cannot_touch_the_terminal() -> None:
     assert lines(out)[1] == "model �[2J[bold]x[/bold] second"
 
 
+@pytest.mark.parametrize("log", ["plain", "json"])
+@pytest.mark.parametrize("live", [False, True])
+def test_a_reader_that_has_gone_does_not_end_the_run(log: str, live: bool, tmp_path: Path) -> None:
+    script = f"""
+from pathlib import Path
+from pipeline.progress import Screen
+screen = Screen(live={live})
+for number in range(3):
+    screen.note(str(number))
+Path({str(tmp_path / "ended")!r}).touch()
+"""
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = os.environ | {"CAPFILT_LOG_FORMAT": log, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, env=env, stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "ended").exists()
+
+
 def test_a_new_round_forgets_the_last() -> None:
     screen, out = plain()
     screen.begin("caption", total=3)

@@ -3,13 +3,14 @@ from __future__ import annotations
 import io
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from pipeline.lease import held
 from pipeline.runfolder import read_rounds
-from pipeline.status import print_figures, print_status, read_figures, read_status
+from pipeline.status import Figures, print_figures, print_status, read_figures, read_status
 from pipeline.store import Store
 from pipeline.terminal import console
 from stages.errors import StoreError
@@ -141,6 +142,35 @@ def test_released_models_are_only_measured_in_round_0(store: Store) -> None:
     records = {"evaluate": plan["records"]["evaluate"]}
     store.write_json("round=00/plan.json", {"round": 0, "shards": {}, "records": records})
     assert read_status(store).rounds[0].complete
+
+
+@pytest.mark.parametrize(("count", "shown"), [(6, range(6)), (28, (0, 23, 24, 25, 26, 27))])
+def test_the_figures_of_many_rounds_fit(count: int, shown: Sequence[int]) -> None:
+    """Of 28 rounds, a column each would be a digit wide."""
+    states = [("synthetic", state) for state in ("contaminated", "kept", "quarantined")]
+    metrics = [("test", "captioner", "cider"), ("truth", "filter", "precision_synthetic")]
+    rounds = [
+        Figures(
+            number,
+            dict.fromkeys(metrics, 0.5 + number / 1000),
+            dict.fromkeys(states, 4_000_000 + number),
+        )
+        for number in range(count)
+    ]
+    out = io.StringIO()
+    print_figures(rounds, console(out))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 100
+    heading = f"pairs {' '.join(f'round {number}' for number in shown)}"
+    heading = heading if count == 6 else heading.replace("round 0", "round 0 …")
+    assert [" ".join(line.split()) for line in lines if "round" in line] == [
+        heading,
+        heading.replace("pairs", "metric"),
+    ]
+    numbers = " ".join(f"{4_000_000 + number:,}" for number in shown)
+    said = [" ".join(line.split()) for line in lines]
+    assert f"synthetic contaminated {numbers}" in said
+    assert f"test captioner cider {' '.join(f'{0.5 + n / 1000:.3f}' for n in shown)}" in said
 
 
 def test_a_damaged_record_is_one_line(store: Store) -> None:

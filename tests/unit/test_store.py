@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import pickle
@@ -13,6 +15,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -62,6 +65,48 @@ def test_a_file_is_created_once(store: Store) -> None:
     assert not store.create("records/run/a.json", b"second")
     assert store.read_bytes("records/run/a.json") == b"first"
     assert not [name for name in store.files() if "scratch" in name or ".probe" in name]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EIO])
+def test_a_store_that_refuses_in_a_way_of_its_own(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MinIO's 412 comes as EINVAL, AWS's 409 as EIO."""
+    store = Store(f"memory://own-way-{number}")
+    store.write_bytes("there", b"first")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(store.fs, "pipe_file", refuse)
+    assert store.create("there", b"second") is False
+    with pytest.raises(StoreError, match=r"cannot write not-there: .*refused"):
+        store.create("not-there", b"second")
+
+
+def test_a_folder_that_cannot_be_read_does_not_count_as_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(str(tmp_path))
+    store.write_bytes("file", b"1")
+    assert store.exists("file") and store.exists("") and not store.exists("none")
+    assert not store.exists("file/none")
+    plain = os.stat
+    raised: BaseException = OSError(errno.ESTALE, "stale")
+
+    def stat(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if "000002.json" in str(path) or str(path).endswith("/run.json"):
+            raise raised
+        return plain(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(StoreError, match=r"cannot look for leases/000002\.json: .*stale"):
+        store.fenced(1).fence()
+    with pytest.raises(StoreError, match="stale"):
+        store.read_json("run.json")
+    raised = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        store.fenced(1).fence()
 
 
 def test_of_many_writers_one_wins(store: Store) -> None:
@@ -385,3 +430,11 @@ def test_a_cache_that_others_can_write_is_refused(
     cache.chmod(0o777)
     with pytest.raises(StoreError, match="others can write to it"):
         _ = Store("s3://bucket/run").cache
+
+
+def test_one_run_folder_has_one_cache_however_it_is_spelt() -> None:
+    first, *others = (
+        Store(url).cache for url in ("s3://b/first", "s3://b/first/", "s3a://b/first", "s3://b/x")
+    )
+    assert others[:2] == [first, first] and others[2] != first
+    assert first.name == hashlib.sha256(b"s3://b/first").hexdigest()[:16]  # as it always was

@@ -165,6 +165,22 @@ def test_work_that_is_not_done_is_no_problem(store: Store) -> None:
     assert found.scratch_files > 5
 
 
+def test_captions_of_a_new_config_may_be_missing_where_dedup_is_as_it_was(store: Store) -> None:
+    """Round 1 was finished, then caption.generation changed, and captioning has just begun: all
+    that hangs on captions has other names in the plan, and is not there yet."""
+    plan = store.read_json("round=01/plan.json")
+    unchanged = ("download", "embed", "dedup")
+    for stage, names in plan["records"].items():
+        if stage not in unchanged:
+            plan["records"][stage] = [f"{name.rpartition('-')[0]}-00ff.json" for name in names]
+    store.write_json("round=01/plan.json", plan)
+    assert problems(store) == []
+    embed = record_of(store, "embed").name
+    store.remove(embed)
+    (problem,) = problems(store)
+    assert problem == f"{embed}: is missing or unreadable, though round 1 has gone on to dedup"
+
+
 def test_two_records_that_contradict_each_other(store: Store) -> None:
     record = record_of(store, "embed")
     payload = record.payloads[0].model_copy(update={"bytes": 1})
