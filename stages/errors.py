@@ -54,7 +54,7 @@ class LedgerError(RunError):
 
 
 class TrainingError(RunError):
-    """Training cannot go on: the loss is not finite or diverges, or workers read different pairs."""
+    """Training cannot go on: the loss is not finite or diverges, or workers read other pairs."""
 
 
 class LeaseLostError(RunError):
