@@ -393,8 +393,9 @@ def content_of(folder: str) -> str:
     fs, root = fsspec.core.url_to_fs(folder)
     files = find_files(fs, root)
     if not files:
-        name, _, _ = folder.partition("@")  # a revision may be refs/pr/1
-        if name.count("/") <= 1 and not name.startswith((".", "/")):
+        name, _, revision = folder.partition("@")
+        names_hub = "/" not in revision or revision.startswith("refs/")
+        if names_hub and name.count("/") <= 1 and not name.startswith((".", "/")):
             return folder
         raise SourceError(f"{folder}: no such folder, or nothing in it")
     state = hashlib.sha256()

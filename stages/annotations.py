@@ -19,6 +19,7 @@ ANNOTATIONS = "annotations.jsonl"
 
 _IMAGE_KEYS = ("image", "file", "file_name", "filename", "filepath")
 _TEXT_KEYS = ("captions", "caption", "texts", "text", "sentences", "raw")
+_STORES = ("file", "s3", "gs")
 _LAYOUTS = (
     "COCO (images, annotations), Karpathy (images with sentences), "
     "a list of {image, caption}, or SBU (image_urls, captions)"
@@ -146,7 +147,7 @@ def _root(file: SourceFile) -> str:
     root = file.config.image_root
     if root is None:
         return file.path.rpartition("/")[0]
-    return root if "://" in root else str(Path(root).expanduser().resolve())
+    return root if "://" in root else str(Path(root).expanduser().absolute())
 
 
 def _locate(
@@ -160,18 +161,18 @@ def _locate(
         return image.strip() or None, None, None
     try:
         return None, place, media.sha256(place)
-    except OSError:
+    except (OSError, ValueError):
         return None, place, None
 
 
 def _place(image: str, root: str, origin: Origin) -> str | None:
-    """The file that an annotation means, on the file system of ``root``; None if it means none.
+    """The file that an annotation means; None if it means none.
 
-    People who annotate may name any file there. A list from the web names what lies below
-    ``root``, so that its texts open nothing else, on this machine or another.
+    People who annotate may name any file of a disk or a bucket. A list from the web names what
+    lies below ``root``, so that its texts open nothing else, on this machine or another.
     """
     protocol = root.partition("://")[0] if "://" in root else None
-    elsewhere = "://" in image and not image.startswith(f"{protocol}://")
+    elsewhere = "://" in image and image.partition("://")[0] not in {protocol, *_STORES}
     if elsewhere or "::" in image or "\0" in image:
         return None
     whole = "://" in image or (protocol is None and image.startswith("/"))

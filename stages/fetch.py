@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -327,38 +327,43 @@ def _read(
     encoding = response.getheader("Content-Encoding", "identity").strip().lower()
     plain = encoding in {"", "identity"}
     hold(min(declared or 0, limit) if plain else 0)
-    expand = None if plain else _decoder(encoding, limit)
+    expand = None if plain else _decoder(encoding)
     pieces: list[bytes] = []
     received = size = 0
-    while piece := response.read(_CHUNK):
-        received += len(piece)
-        piece = piece if expand is None else expand(piece)
-        size += len(piece)
-        if max(received, size) > limit:
-            if cut:
-                return b"".join([*pieces, piece])[:limit]
-            raise FetchError("too_large", f"more than {limit} bytes")
-        if size > _LARGE:
-            hold(limit)  # unless it was declared, and plain
-        pieces.append(piece)
+    while came := response.read(_CHUNK):
+        received += len(came)
+        for piece in [came] if expand is None else expand(came):
+            size += len(piece)
+            if max(received, size) > limit:
+                if cut:
+                    return b"".join([*pieces, piece])[:limit]
+                raise FetchError("too_large", f"more than {limit} bytes")
+            if size > _LARGE:
+                hold(limit)  # unless it was declared, and plain
+            pieces.append(piece)
     if declared is not None and received < declared:
         detail = f"body cut short: {received} of {declared} bytes"
         raise FetchError("broken_response", detail, transient=True)
     return b"".join(pieces)
 
 
-def _decoder(encoding: str, limit: int) -> Callable[[bytes], bytes]:
-    """Undoes a content encoding that nobody asked for. Gives at most ``limit`` + 1 bytes a call:
-    a small body that expands without end is noticed, not expanded."""
+def _decoder(encoding: str) -> Callable[[bytes], Iterator[bytes]]:
+    """Undoes a content encoding that nobody asked for, at most `_CHUNK` bytes at a time: a small
+    body that expands without end is noticed, not expanded."""
     if encoding not in {"gzip", "x-gzip", "deflate"}:
         raise FetchError("broken_response", f"content encoding {encoding[:40]!r}, not asked for")
     inflate = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
 
-    def expand(piece: bytes) -> bytes:
-        try:
-            return inflate.decompress(piece, limit + 1)
-        except zlib.error as error:
-            raise FetchError("broken_response", f"content encoding {encoding}: {error}") from error
+    def expand(piece: bytes) -> Iterator[bytes]:
+        plain = b""
+        while piece or len(plain) == _CHUNK:  # a full piece may leave some behind
+            try:
+                plain = inflate.decompress(piece, _CHUNK)
+            except zlib.error as error:
+                detail = f"content encoding {encoding}: {error}"
+                raise FetchError("broken_response", detail) from error
+            piece = inflate.unconsumed_tail
+            yield plain
 
     return expand
 

@@ -281,10 +281,17 @@ def _below(folder: str, depth: int | None = None, within: tuple[str, ...] = ()) 
     except (FileNotFoundError, PermissionError):
         return  # as fsspec does: the root of a disk has a lost+found, which only root may read
     for entry in entries:
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _below(entry.path, depth and depth - 1, (*within, real))
         else:
             yield entry.path
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into what may not be read
+        return False
 
 
 def _choose(

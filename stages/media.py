@@ -24,7 +24,8 @@ _TAR_MEMBER = re.compile(r"^(.*?\.tar(?:\.gz)?)#(.*)$", re.DOTALL | re.IGNORECAS
 
 def is_image(name: str) -> bool:
     """Whether a file is called like one."""
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    stem, _, extension = name.rpartition("/")[2].rpartition(".")
+    return bool(stem) and extension.lower() in IMAGE_EXTENSIONS
 
 
 def member_name(tar: str, member: str) -> str:

@@ -117,14 +117,16 @@ class SiteRules:
         with self._lock:
             site = self._known.setdefault(name, _Site())
             self._known.move_to_end(name)
-        rules = self._read_once(name, site, deadline)
-        self._remember(name, site)
+        try:
+            rules = self._read_once(name, site, deadline)
+        finally:
+            self._remember(name, site)
         return next((said for rule in rules if (said := rule(url)) is not None), None)
 
     def _remember(self, name: str, site: _Site) -> None:
         """Forget the hosts that were asked for longest ago, if the known ones are too much."""
         with self._lock:
-            if self._known.get(name) is site and not site.counted:
+            if self._known.get(name) is site and site.rules is not None and not site.counted:
                 site.counted = True
                 self._size += site.size
             while len(self._known) > _HOSTS_REMEMBERED or self._size > _BYTES_REMEMBERED:

@@ -97,7 +97,7 @@ class SelectStage(DatasetStage):
     """
 
     name = "select"
-    version = 2
+    version = 3
 
     def __init__(self, config: SelectConfig, shards: Sequence[str]) -> None:
         self.config = config

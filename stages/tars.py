@@ -25,7 +25,7 @@ def read_webdataset(file: SourceFile) -> Iterator[Record]:
     texts = (config.text_column,) if isinstance(config.text_column, str) else config.text_column
     hash_ = filter(None, [config.hash_column])
     missing = list(dict.fromkeys([*(texts or ()), *hash_, *config.keep_columns]))
-    numbers = itertools.count()
+    numbers, told = itertools.count(), False
     for _, members in itertools.groupby(_members(file.path), key=lambda member: member[0]):
         place = sha256 = None
         written: dict[str, str] = {}
@@ -35,11 +35,12 @@ def read_webdataset(file: SourceFile) -> Iterator[Record]:
             elif place is None:
                 place, sha256 = media.member_name(file.path, name), content
         fields = _json_fields(written.get("json", ""))
-        missing = [name for name in missing if name not in fields]
+        if fields:
+            told, missing = True, [name for name in missing if name not in fields]
         kept = beside(fields, config.hash_column, config.keep_columns)
         for text in _sample_texts(written, fields, texts):
             yield Record(next(numbers), None, text, place, sha256, *kept)
-    if missing and next(numbers) > 0:
+    if missing and told:
         names = ", ".join(missing)
         raise SourceError(f"{file.path}: no column {names} in the .json of any sample; name others")
 

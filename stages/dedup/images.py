@@ -119,12 +119,17 @@ def load_embeddings(
     Raises:
         RunError: vectors of different lengths or models, which cannot be compared.
     """
-    embedded = np.zeros(len(sample_ids), dtype=np.bool_)
+    embedded, seen = (np.zeros(len(sample_ids), dtype=np.bool_) for _ in range(2))
     vectors, models = Vectors(scratch, len(sample_ids), 0), set[str | None]()
     for file in files:
         for batch in _batches(file):
-            known = pc.is_in(batch["sample_id"], value_set=sample_ids)
-            table = batch.filter(pc.and_(known, pc.equal(batch["status"], "success")))
+            table = batch.filter(pc.is_in(batch["sample_id"], value_set=sample_ids))
+            rows = pc.index_in(table["sample_id"], value_set=sample_ids).to_numpy()
+            # Of a sample in two shards the first counts, whatever became of its embedding.
+            first = ~seen[rows]
+            seen[rows] = True
+            wanted = pc.and_(pa.array(first), pc.equal(table["status"], "success"))
+            table, rows = table.filter(wanted), rows[np.asarray(wanted)]
             if not len(table):
                 continue
             models.update(table["model"].unique().to_pylist())
@@ -137,8 +142,7 @@ def load_embeddings(
                     f"{sorted(map(str, models))}, lengths {vectors.width} and {block.shape[1]}) "
                     "cannot be compared; embed every shard with one model"
                 )
-            rows = pc.index_in(table["sample_id"], value_set=sample_ids).to_numpy()
-            good = usable(block) & ~embedded[rows]
+            good = usable(block)
             vectors.write(rows[good].astype(np.int64), block[good])
             embedded[rows[good]] = True
     return vectors, embedded, next(iter(models), None)

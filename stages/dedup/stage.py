@@ -53,7 +53,7 @@ class DedupStage(DatasetStage):
     """
 
     name = "dedup"
-    version = 4
+    version = 5
 
     def __init__(self, config: DedupConfig, images: ImageConfig) -> None:
         """``images`` is how the run's images were decoded; evaluation sets are decoded alike."""

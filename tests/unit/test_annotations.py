@@ -172,10 +172,20 @@ def test_a_list_from_the_web_opens_nothing_but_images_beside_it(
 
 
 def test_people_who_annotate_may_name_any_file_of_their_file_system(images: Path) -> None:
-    path = listed(images.parent / "x.json", str(images / "0.jpg"), "images/1.jpg", "s3://b/x.jpg")
+    named = [str(images / "0.jpg"), "images/1.jpg", f"file://{images}/2.jpg", "ftp://a.test/3.jpg"]
+    path = listed(images.parent / "x.json", *named)
     found = rows(path, image_root=str(images.parent / "elsewhere" / ".."))
-    assert [row["media"] and Path(row["media"]).name for row in found] == ["0.jpg", "1.jpg", None]
-    assert found[2]["url"] == "s3://b/x.jpg"
+    names = [row["media"] and Path(row["media"]).name for row in found]
+    assert names == ["0.jpg", "1.jpg", "2.jpg", None]
+    assert found[3]["url"] == "ftp://a.test/3.jpg"
+
+
+def test_a_list_below_a_linked_folder_names_its_images_in_full(images: Path) -> None:
+    link = images.parent / "link"
+    link.symlink_to(images.parent)
+    listed(images / "x.json", f"{link}/images/0.jpg")
+    (row,) = web(link / "images" / "x.json", image_root=str(link / "images"))
+    assert row["media"] == f"{link}/images/0.jpg"
 
 
 def test_a_relative_folder_of_images_is_found_from_everywhere(

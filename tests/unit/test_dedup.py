@@ -566,8 +566,8 @@ def test_of_a_sample_in_two_shards_the_first_image_counts(tmp_path: Path) -> Non
         download([{"sample_id": "a", "sha256": "aa"}, {"sample_id": "c", "sha256": "22"}]),
     ]
     vectors = [
-        embeddings({"a": [1, 0, 0], "b": [1, 0, 0]}),
-        embeddings({"a": [0, 1, 0], "c": [0, 1, 0]}),
+        embeddings({"a": [1, 0, 0], "b": None}),
+        embeddings({"a": [0, 1, 0], "b": [0, 1, 0], "c": [0, 1, 0]}),
     ]
     images = dedup_images.load_images(
         write_shards(tmp_path, "download", shards),
@@ -575,4 +575,5 @@ def test_of_a_sample_in_two_shards_the_first_image_counts(tmp_path: Path) -> Non
         tmp_path,
     )
     assert images.sha256.to_pylist() == ["bb", "11", "22"]
-    assert images.vectors.read(np.arange(3)).argmax(axis=1).tolist() == [0, 0, 1]
+    assert images.embedded.tolist() == [True, False, True]
+    assert images.vectors.read(np.array([0, 2])).argmax(axis=1).tolist() == [0, 1]

@@ -1,5 +1,6 @@
 """Fetching from a server that does everything wrong."""
 
+import http.client
 import math
 import shutil
 import socket
@@ -7,6 +8,8 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from pydantic import ValidationError
 
 from stages.connect import FetchError
 from stages.crawl import Crawler
-from stages.fetch import FetchConfig, Fetched, Fetcher, Hop, _Budget
+from stages.fetch import FetchConfig, Fetched, Fetcher, Hop, _Budget, _read
 from tests.servers import WebServer, certified, gzip_bomb, known_locally, picture
 
 Fetch = Callable[..., Fetched]
@@ -139,6 +142,31 @@ def test_compressed_bodies_are_expanded(fetch: Fetch, web: WebServer) -> None:
     assert "br" in (fetch("/brotli.jpg").detail or "")
     web.serve("/bad.jpg", b"not gzip", Content_Encoding="gzip")
     assert fetch("/bad.jpg").status == "broken_response"
+
+
+def test_what_expands_is_told_before_it_does() -> None:
+    """20 kB of gzip become 19 MB; a piece of it at a time is made before memory is asked for."""
+    body = zlib.compress(bytes(19_000_000), wbits=zlib.MAX_WBITS | 16)
+    answer = f"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: {len(body)}\r\n\r\n"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(answer.encode() + body)
+        theirs.close()
+        response = http.client.HTTPResponse(ours)
+        response.begin()
+        tracemalloc.start()
+        made = []
+        try:
+            data = _read(
+                response,
+                20 << 20,
+                lambda size: made.append((size, tracemalloc.get_traced_memory())),
+            )
+        finally:
+            tracemalloc.stop()
+    assert data == bytes(19_000_000)
+    size, (_, peak) = next(entry for entry in made if entry[0])
+    assert size == 20 << 20 and peak < 3 << 20
 
 
 def test_the_size_limit_is_exact(fetch: Fetch) -> None:

@@ -70,6 +70,7 @@ def test_links_to_folders_are_followed(tmp_path: Path) -> None:
     (tmp_path / "data" / "part2").mkdir()
     (tmp_path / "data" / "part2" / "x.parquet").symlink_to(tmp_path / "disk" / "x.parquet")
     (tmp_path / "disk" / "back").symlink_to(tmp_path / "data")  # and round again
+    (tmp_path / "data" / "loop").symlink_to("loop")
     data = tmp_path / "data"
     three = [str(data / f"part{number}" / "x.parquet") for number in range(3)]
     assert [file.path for file in files(data)] == three

@@ -367,3 +367,16 @@ def test_redirects_that_lead_nowhere_are_told() -> None:
     rules = SiteRules(lambda *_: (None, b""), "capfilt", robots=True, tdmrep=False)
     told = rules.objection("http://a.test/x.jpg")
     assert told == "robots.txt cannot be read (its redirects lead nowhere)"
+
+
+def test_hosts_that_fail_are_forgotten_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optout, "_HOSTS_REMEMBERED", 2)
+
+    def read(url: str, deadline: float) -> tuple[int | None, bytes]:
+        raise FetchError("timeout", "silent", transient=True)
+
+    rules = SiteRules(read, "capfilt", robots=True, tdmrep=False)
+    for host in "abcd":
+        with pytest.raises(FetchError):
+            rules.objection(f"http://{host}.test/x.jpg")
+    assert len(rules._known) == 2

@@ -150,6 +150,8 @@ def test_configured_columns_of_a_webdataset_are_those_of_its_json(tmp_path: Path
     assert rows(keep_columns=["alt"])[0] == ("from txt", None, '{"alt": "from alt"}')
     with pytest.raises(SourceError, match=r"a\.tar: no column nsfw in the \.json of any sample"):
         rows(keep_columns=["nsfw", "alt"])
+    tar(tmp_path / "a.tar", {"0.txt": b"t", "0.json": b'{"lic'})
+    assert rows(keep_columns=["license"]) == [("t", None, '{"license": null}')]
 
 
 def test_images_of_a_tar_are_found_again_whatever_it_and_they_are_called(tmp_path: Path) -> None:
