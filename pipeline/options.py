@@ -79,7 +79,9 @@ def parser(handlers: Mapping[str, Handler]) -> argparse.ArgumentParser:
         parents=[common],
         formatter_class=form,
     )
-    whole.add_argument("--version", action=_Version, help="print the version of the code, as records have it")
+    whole.add_argument(
+        "--version", action=_Version, help="print the code's version, as records have it"
+    )
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (text, more, fill) in _COMMANDS.items():
         made = commands.add_parser(
