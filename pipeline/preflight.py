@@ -6,24 +6,16 @@ of every source is read, every model is opened, every probe set is parsed.
 
 from __future__ import annotations
 
-import tarfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from pipeline.config import RunConfig
-from stages import media
-from stages.dedup.contamination import image_files
-from stages.errors import CapfiltError, ConfigError, SourceError
+from stages.dedup.contamination import check_evaluation
+from stages.errors import CapfiltError, ConfigError
 from stages.ingest import check_source
 from stages.probes import read_probes
-
-_EVALUATION = "give a folder or tar of images, or Parquet with a column `embedding`"
 
 
 def check(config: RunConfig, sources: bool = True) -> None:
@@ -76,29 +68,11 @@ def check_models(config: RunConfig) -> None:
     for number, path in enumerate(config.dedup.evaluation):
         if not _made(path):
             with _field(f"dedup.evaluation.{number}"):
-                _check_evaluation(Path(path))
+                check_evaluation(Path(path))
     for field, ref, use in _models(config):
         if not _made(ref):
             with _field(field):
                 use(ref)
-
-
-def _check_evaluation(path: Path) -> None:
-    """Raises SourceError: not there, or nothing of what `stages.dedup.contamination` reads."""
-    if not path.exists():
-        raise SourceError(f"{path}: not there; {_EVALUATION}")
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_metadata(path)
-            found = table.num_rows > 0 and "embedding" in table.schema.to_arrow_schema().names
-        elif path.is_dir():
-            found = bool(image_files(path))
-        else:
-            found = any(media.is_image(member.name) for _, member in media.tar_members(str(path)))
-    except (OSError, EOFError, tarfile.TarError, zlib.error, pa.ArrowInvalid) as error:
-        raise SourceError(f"{path}: cannot be read: {error}; {_EVALUATION}") from error
-    if not found:
-        raise SourceError(f"{path}: no picture in it; {_EVALUATION}")
 
 
 def check_stays(run: str) -> None:

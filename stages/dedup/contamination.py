@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +100,24 @@ def read_evaluation(
         every,
         np.asarray(every.any(axis=1)),
     )
+
+
+def check_evaluation(path: Path) -> None:
+    """Raises SourceError: not there, or nothing in it that `read_evaluation` reads."""
+    if not path.exists():
+        raise SourceError(f"{path}: not there; {_NEEDED}")
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_metadata(path)
+            found = table.num_rows > 0 and "embedding" in table.schema.to_arrow_schema().names
+        elif path.is_dir():
+            found = bool(image_files(path))
+        else:
+            found = any(media.is_image(member.name) for _, member in media.tar_members(str(path)))
+    except (OSError, EOFError, tarfile.TarError, zlib.error, pa.ArrowInvalid) as error:
+        raise SourceError(f"{path}: cannot be read: {error}; {_NEEDED}") from error
+    if not found:
+        raise SourceError(f"{path}: no picture in it; {_NEEDED}")
 
 
 def image_files(folder: Path) -> list[Path]:
